@@ -1,0 +1,426 @@
+r"""The exponential of skew-Hermitian matrices, its derivative, and its inverse.
+
+With ``A = (X - X^H) / 2`` the result ``Q = exp(A)`` is unitary. It is computed by scaling and
+squaring a polynomial of degree 8 in three products (Bader, Blanes, Casas, *Computing the matrix
+exponential with an optimized Taylor polynomial approximation*, Mathematics 7 (2019) 1174), with the
+coefficients of the Chebyshev series of the exponential on an interval of the imaginary axis, where
+the spectrum lies, instead of Taylor's.
+
+For a gradient ``G`` at ``Q``, let ``M = skew(Q^H G)``; the gradient at ``A`` is
+``phi1(ad_A)(M) = int_0^1 e^{tA} M e^{-tA} dt``. A squaring ``Q_{j+1} = Q_j^2`` takes ``M_{j+1}`` to
+``M_j = M_{j+1} + Q_j M_{j+1} Q_j^H``, which stays skew and divides by nothing; the polynomial is
+differentiated product by product. No eigenvalue gap ever appears in a denominator.
+"""
+
+from math import ceil, inf, isfinite, log2, pi
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# For |x| <= radius, the Chebyshev series of exp(ix), truncated at degree 8, is p(ix) with
+#   p(z) = y0 + y1 z + y2 z^2 + (x3 z^2 + w) (x4 + x5 z + x6 z^2 + x7 w),  w = z^2 (x1 z + x2 z^2),
+# (x1, ..., x7, y0, y1, y2) solved from its coefficients in 60 digits. The radius is where the error
+# (1e-8, 8e-17) and the derivative's (8e-7, 5e-14) reach what the precision can hold.
+_POLYNOMIALS = {
+    torch.float32: (
+        1.0,
+        (
+            0.10526729741640368137,
+            0.026408777506587620622,
+            2 / 3,
+            0.5466553834743580385,
+            0.16368070008731414022,
+            0.014999595064457788096,
+            0.034586159005676797745,
+            0.99999999947287565311,
+            0.99999990524943392706,
+            0.13556305130547899084,
+        ),
+    ),
+    torch.float64: (
+        0.125,
+        (
+            0.10831521119808159198,
+            0.027080272062080829436,
+            2 / 3,
+            0.54675903227528090938,
+            0.1611665199095773147,
+            0.0141052465160479596,
+            0.033805310576843553175,
+            0.9999999999999999995,
+            0.99999999999999422744,
+            0.13549397848314445687,
+        ),
+    ),
+}
+_LARGEST_NORM = 1e4  # that the fixed schedule, for devices that must not be waited for, covers
+_CHUNK_BYTES = 2**19  # of one temporary: several fit in a core's cache
+
+FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def skew(X: Tensor) -> Tensor:
+    """The skew-Hermitian part ``(X - X^H) / 2`` of matrices ``(..., n, n)``."""
+    return (X - X.mH) / 2
+
+
+def expm_skew(A: Tensor) -> Tensor:
+    r"""Exponential of skew-symmetric or skew-Hermitian matrices, with its analytic derivative.
+
+    .. math:: Q = \exp\big(\tfrac12 (A - A^H)\big), \qquad Q^H Q = I.
+
+    Only the skew part of ``A`` is read, so that ``A`` may be any free matrix. First and second
+    derivatives, forward mode and ``vmap`` work, at repeated eigenvalues and at zero as anywhere.
+
+    Args:
+        A: ``(..., n, n)``; float32, float64, complex64, complex128, or half precision, which is
+            computed in float32.
+
+    Returns:
+        ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm. The error
+        of the values grows as ``eps * norm(A)``, as it must. Off the CPU nothing is waited for, and
+        the cost is fixed: a norm above 1e4 there gives NaN.
+
+    Raises:
+        TypeError: if ``A`` is no tensor of a floating dtype.
+        ValueError: if the matrices are not square.
+
+    Cost: ``3 + s`` products of ``n x n`` matrices forward and ``10 + 3 s`` backward, with
+    ``s`` about ``log2(norm(A))`` in single precision, and three more in double; two more
+    products forward where ``s > 2``.
+
+    Source: Bader, Blanes, Casas (2019) for the polynomial; Magnasco, arXiv:2302.07396, for its use.
+
+    Example:
+        >>> import torch
+        >>> from orthoconv_param import expm_skew
+        >>> Q = expm_skew(torch.randn(7, 4, 4, dtype=torch.complex128))
+        >>> torch.allclose(Q.mH @ Q, torch.eye(4, dtype=Q.dtype))
+        True
+
+        It is a trivialization for geotorch's own manifolds:
+
+        >>> import geotorch
+        >>> SO = geotorch.SO((4, 4), triv=expm_skew)
+        >>> SO.in_manifold(SO(torch.randn(4, 4)))
+        True
+    """
+    if not isinstance(A, Tensor) or not (A.is_floating_point() or A.is_complex()):
+        found = A.dtype if isinstance(A, Tensor) else type(A).__name__
+        raise TypeError(f"A should be a tensor of a floating or complex dtype. Found {found}")
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A should be square matrices (..., n, n). Found {tuple(A.shape)}")
+    if A.dtype not in FLOATS:
+        return expm_skew(A.float()).to(A.dtype)
+    if A.shape[-1] == 1:
+        return torch.exp(skew(A))
+    # Note [operator and Function]
+    # torch.compile cannot trace through an autograd.Function that has a jvp, and torch.func cannot
+    # differentiate an operator with register_autograd (its jvp is silently zero). So each is used
+    # where it works, and both run the same operator.
+    if torch.compiler.is_compiling():
+        return torch.ops.orthoconv_param.expm_skew(A)
+    return _Expm.apply(A)
+
+
+def norm_bound(A: Tensor) -> Tensor:
+    """An upper bound on the spectral norm of skew matrices ``(..., n, n)``: the Schatten 8-norm.
+
+    ``norm(A^4, "fro")^(1/4)``, two products; 1.2 times the norm for random matrices of size 64.
+    """
+    A2 = A @ A
+    return torch.linalg.matrix_norm(A2 @ A2) ** 0.25
+
+
+def log_unitary(Q: Tensor) -> Tensor:
+    """The principal logarithm of unitary matrices ``(..., n, n)``; real for real ones.
+
+    With ``C`` and ``K`` the Hermitian and skew parts of ``Q``, ``log(Q) = g(C) K`` with
+    ``g(cos t) = t / sin t``: a function of one Hermitian matrix, smooth until ``t = pi``. Angles
+    near ``pi`` are taken from ``-Q``. Not differentiable.
+
+    Raises:
+        ValueError: if a real matrix has determinant -1, and so no real logarithm.
+    """
+    with torch.no_grad():
+        cosines, V = torch.linalg.eigh((Q + Q.mH) / 2)
+        angles = 2 * torch.atan2((1 - cosines).clamp(min=0).sqrt(), (1 + cosines).clamp(min=0).sqrt())
+        log = (V * (1 / torch.sinc(angles / pi)).unsqueeze(-2)) @ V.mH @ skew(Q)
+        for index in (cosines < -0.5).any(-1).nonzero().tolist():
+            log[tuple(index)] = _log_far(Q[tuple(index)], cosines[tuple(index)], V[tuple(index)])
+    return skew(log)
+
+
+def _log_far(Q: Tensor, cosines: Tensor, V: Tensor) -> Tensor:
+    """`log_unitary` of one matrix with angles above ``2 pi / 3``, on two invariant subspaces."""
+    near, far = V[:, cosines >= -0.5], V[:, cosines < -0.5]
+    log = near @ log_unitary(near.mH @ Q @ near) @ near.mH if near.shape[1] else torch.zeros_like(Q)
+    # R = -Q has angles t - pi * sign(t) here, small and precise; J = polar(log(R)) is i * sign
+    # of them, and log(Q) = log(R) - pi * J.
+    R = log_unitary(-far.mH @ Q @ far)
+    U, sizes, Wh = torch.linalg.svd(R)
+    null = sizes < 100 * len(R) * torch.finfo(Q.dtype).eps
+    J = U[:, ~null] @ Wh[~null]
+    Z = U[:, null]  # the eigenvalue -1: +pi and -pi are equally good, but a real J pairs them
+    if Q.is_complex():
+        J = J - 1j * Z @ Z.mH
+    else:
+        if Z.shape[1] % 2:
+            raise ValueError("a real matrix of determinant -1 has no real logarithm")
+        pairs = Z[:, 0::2] @ Z[:, 1::2].mT
+        J = J + pairs - pairs.mT
+    return log + far @ (R - pi * skew(J)) @ far.mH
+
+
+def refine(Q: Tensor) -> Tensor:
+    """Matrices with orthonormal columns (or rows) to single precision, in double precision.
+
+    What is added is of the size of rounding, and so has no derivative.
+    """
+    Q = Q.to(torch.complex128)
+    with torch.no_grad():
+        tall = Q.shape[-2] >= Q.shape[-1]
+        exact = _polish(Q) if tall else _polish(Q.mH).mH
+        added = exact - Q
+    return Q + added
+
+
+def polar_frame(X: Tensor) -> Tensor:
+    """A unitary ``m x m`` matrix whose first columns (rows, if ``X`` is wide) are polar to ``X``.
+
+    The polar factor ``U V^H`` of the singular value decomposition is the nearest matrix with
+    orthonormal columns (rows) in the Frobenius norm; the rest completes it. Not differentiable.
+    """
+    rows, columns = X.shape[-2:]
+    with torch.no_grad():
+        U, _, Vh = torch.linalg.svd(X, full_matrices=True)
+        k = min(rows, columns)
+        if rows >= columns:
+            return torch.cat([U[..., :k] @ Vh, U[..., k:]], -1)
+        return torch.cat([U @ Vh[..., :k, :], Vh[..., k:, :]], -2)
+
+
+# Scaling and squaring
+
+
+def _evaluate(A: Tensor, A2: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    x1, x2, x3, x4, x5, x6, x7, y0, y1, y2 = coefficients
+    W = A2 @ (x1 * A + x2 * A2)
+    right = x5 * A + x6 * A2 + x7 * W
+    right.diagonal(dim1=-2, dim2=-1).add_(x4)
+    P = (x3 * A2 + W) @ right
+    P.add_(A, alpha=y1).add_(A2, alpha=y2)
+    P.diagonal(dim1=-2, dim2=-1).add_(y0)
+    return P
+
+
+def _evaluate_vjp(A: Tensor, A2: Tensor, coefficients: tuple[float, ...], G: Tensor) -> Tensor:
+    """The gradient at ``A`` of `_evaluate` with ``A2 = A @ A``, for a gradient ``G`` at its value."""
+    x1, x2, x3, x4, x5, x6, x7, _, y1, y2 = coefficients
+    V = x1 * A + x2 * A2
+    W = A2 @ V
+    right = x5 * A + x6 * A2 + x7 * W
+    right.diagonal(dim1=-2, dim2=-1).add_(x4)
+    left = x3 * A2 + W
+    # A is skew and A2 Hermitian, but W, left and right are neither.
+    G_left, G_right = G @ right.mH, left.mH @ G
+    G_W = G_left + x7 * G_right
+    G_V = A2 @ G_W
+    G_A2 = y2 * G + x3 * G_left + x6 * G_right + G_W @ V.mH + x2 * G_V
+    G_A = y1 * G + x5 * G_right + x1 * G_V
+    return G_A - (G_A2 @ A + A @ G_A2)
+
+
+def _may_wait(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _scale(A: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...], int, Tensor | None]:
+    """``A / 2^s``, its square, the coefficients, the number of squarings, and which of them count.
+
+    On the CPU ``s`` is read. Elsewhere reading it would wait for the device: there the squarings
+    are as many as the largest norm needs, and a mask says which of them are to be made.
+    """
+    radius, coefficients = _POLYNOMIALS[torch.empty(0, dtype=A.dtype).real.dtype]
+    A2 = A @ A
+    # norm(A)^2 = norm(A^2) <= norm(A^2, "fro"): within (n/8)^(1/4) for random matrices
+    bound = torch.linalg.matrix_norm(A2).amax().sqrt() / radius
+    if _may_wait(A.device):
+        largest = bound.item()
+        s = ceil(log2(largest)) if 1 < largest < inf else 0
+        if not isfinite(largest):
+            A, A2 = A * torch.nan, A2 * torch.nan
+        return A * 0.5**s, A2 * 0.25**s, coefficients, s, None
+    most = ceil(log2(_LARGEST_NORM / radius))
+    steps = bound.clamp(min=1).log2().ceil()
+    steps = torch.where(steps <= most, steps, torch.nan)
+    counts = torch.arange(most, device=A.device) < steps
+    scale = torch.exp2(-steps)
+    return A * scale, A2 * scale**2, coefficients, most, counts
+
+
+def _square(Q: Tensor, count: Tensor | None) -> Tensor:
+    return Q @ Q if count is None else torch.where(count, Q @ Q, Q)
+
+
+def _polish(Q: Tensor) -> Tensor:
+    """One step of Newton and Schulz's iteration for the polar factor, ``Q (3 I - Q^H Q) / 2``.
+
+    It squares the distance to the unitary group. The factor is made exactly Hermitian.
+    """
+    factor = Q.mH @ Q
+    factor = (factor + factor.mH).mul_(-0.25)
+    factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return Q @ factor
+
+
+def _expm_chunk(A: Tensor) -> Tensor:
+    A, A2, coefficients, s, counts = _scale(skew(A))
+    Q = _evaluate(A, A2, coefficients)
+    for j in range(s):
+        Q = _square(Q, None if counts is None else counts[j])
+    if s <= 2:
+        return Q
+    return _polish(Q)  # a squaring doubles the distance to the unitary group
+
+
+def _expm_vjp_chunk(A: Tensor, G: Tensor) -> Tensor:
+    A, A2, coefficients, s, counts = _scale(skew(A))
+    if s == 0:
+        return skew(_evaluate_vjp(A, A2, coefficients, G))
+    chain = [_evaluate(A, A2, coefficients)]
+    for j in range(s):
+        chain.append(_square(chain[-1], None if counts is None else counts[j]))
+    M = skew(chain[-1].mH @ G)
+    for j in reversed(range(s)):
+        Q = chain[j]
+        step = M + Q @ M @ Q.mH
+        M = step if counts is None else torch.where(counts[j], step, M)
+    # d/dA of f(A / 2^s) divides by 2^s, which the mean over each squaring's two factors is
+    M = skew(_evaluate_vjp(A, A2, coefficients, chain[0] @ M))
+    return M * 0.5**s if counts is None else M * torch.exp2(-counts.sum())
+
+
+def _in_chunks(function: Any, *tensors: Tensor) -> Tensor:
+    """Applies a function of matrix batches in pieces whose temporaries stay in the cache."""
+    shape = tensors[0].shape
+    flat = [x.resolve_conj().reshape(-1, *shape[-2:]) for x in tensors]
+    result = torch.empty_like(flat[0], memory_format=torch.contiguous_format)
+    if result.numel():
+        size = len(result)
+        if _may_wait(result.device):
+            size = max(1, _CHUNK_BYTES // (flat[0][0].numel() * flat[0].element_size()))
+        for start in range(0, len(result), size):
+            piece = slice(start, start + size)
+            result[piece] = function(*(x[piece] for x in flat))
+    return result.reshape(shape)
+
+
+# Operators and their derivatives: see Note [operator and Function]
+
+
+@torch.library.custom_op("orthoconv_param::expm_skew", mutates_args=())
+def _expm(A: Tensor) -> Tensor:
+    return _in_chunks(_expm_chunk, A)
+
+
+@torch.library.custom_op("orthoconv_param::expm_skew_vjp", mutates_args=())
+def _expm_vjp(A: Tensor, G: Tensor) -> Tensor:
+    return _in_chunks(_expm_vjp_chunk, A, G)
+
+
+@_expm.register_fake
+def _(A: Tensor) -> Tensor:
+    return torch.empty_like(A, memory_format=torch.contiguous_format)
+
+
+@_expm_vjp.register_fake
+def _(A: Tensor, G: Tensor) -> Tensor:
+    return torch.empty_like(A, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_expm.register_autograd(
+    lambda ctx, G: torch.ops.orthoconv_param.expm_skew_vjp(*ctx.saved_tensors, G),
+    setup_context=_save,
+)
+
+
+def _second_derivative(a: Tensor, X: Tensor, Y: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """``L(a)[X]`` and ``L2(a)[X, Y] + L(a)[Z]``, the first and second derivatives of ``exp``.
+
+    Read from one exponential of a block matrix (Higham and Relton, SIAM J. Matrix Anal. Appl. 35
+    (2014) 1019), which torch differentiates to any order.
+    """
+    n, o = a.shape[-1], torch.zeros_like(a)
+    rows = ((a, X, Y, Z), (o, a, o, Y), (o, o, a, X), (o, o, o, a))
+    blocks = torch.cat([torch.cat(row, -1) for row in rows], -2)
+    top = torch.linalg.matrix_exp(blocks)[..., :n, :]
+    return top[..., n : 2 * n], top[..., 3 * n :]
+
+
+def _align(tensors: tuple[Tensor, ...], dims: tuple[int | None, ...]) -> list[Tensor]:
+    """Moves the mapped dimension of each tensor first, and gives one to those that have none."""
+    size = next(x.shape[d] for x, d in zip(tensors, dims, strict=True) if d is not None)
+    return [
+        x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
+        for x, d in zip(tensors, dims, strict=True)
+    ]
+
+
+class _Expm(torch.autograd.Function):
+    @staticmethod
+    def forward(A: Tensor) -> Tensor:
+        return torch.ops.orthoconv_param.expm_skew(A)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        (A,) = inputs
+        ctx.save_for_backward(A)
+        ctx.save_for_forward(A, output)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> Tensor:
+        (A,) = ctx.saved_tensors
+        return _ExpmVjp.apply(A, G)
+
+    @staticmethod
+    def jvp(ctx: Any, E: Tensor) -> Tensor:
+        A, Q = ctx.saved_tensors
+        # dQ = Q phi1(-ad_A)(skew(E)), and phi1(-ad_A)(M) is the vjp at -A of exp(-A) M
+        return Q @ _ExpmVjp.apply(-A, Q.mH @ skew(E))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None], A: Tensor) -> tuple[Tensor, int]:
+        return _Expm.apply(*_align((A,), in_dims)), 0
+
+
+class _ExpmVjp(torch.autograd.Function):
+    @staticmethod
+    def forward(A: Tensor, G: Tensor) -> Tensor:
+        return torch.ops.orthoconv_param.expm_skew_vjp(A, G)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, N: Tensor) -> tuple[Tensor, Tensor]:
+        # The function is skew(L(-A)[G]); the adjoint of X -> L2(a)[X, Y] is N -> L2(a^H)[N, Y^H].
+        A, G = ctx.saved_tensors
+        grad_G, grad_a = _second_derivative(skew(A), skew(N), G.mH, torch.zeros_like(G))
+        return -skew(grad_a), grad_G
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor, dG: Tensor) -> Tensor:
+        A, G = ctx.saved_tensors
+        return skew(_second_derivative(-skew(A), G, -skew(dA), dG)[1])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], A: Tensor, G: Tensor) -> tuple[Tensor, int]:
+        return _ExpmVjp.apply(*_align((A, G), in_dims)), 0

@@ -1,0 +1,258 @@
+r"""Operations on convolutions, as operations on their kernels; plain tensors in and out.
+
+A kernel ``(out, in/groups, *taps)`` acts periodically on a ``domain``: a tuple with one size for each
+space axis, an integer for all of them, or None for the kernel's own taps. Each function computes one
+matrix operation at each frequency of that domain, and returns the resulting operator's kernel
+``(out, in/groups, *domain)``, centred as "same" padding expects it. What is true of a result is true
+on its domain: on a larger one its kernel is another operator.
+"""
+
+from collections.abc import Callable
+
+import torch
+from geotorch.exceptions import InManifoldError
+from torch import Tensor
+
+from . import exponential
+from .lattice import Lattice, Size, per_axis
+
+__all__ = [
+    "adjoint",
+    "compose",
+    "conv_exp",
+    "conv_log",
+    "identity",
+    "nearest_orthogonal",
+    "skew",
+]
+
+
+def conv_exp(
+    kernel: Tensor, domain: int | Size | None = None, *, stride: int | Size = 1, groups: int = 1
+) -> Tensor:
+    r"""The convolution that is the exponential of a convolution, skew or not.
+
+    .. math:: \operatorname{matrix}(\mathrm{conv\_exp}(k)) = \exp(\operatorname{matrix}(k))
+
+    Args:
+        kernel: ``(channels, channels/groups, *taps)``, or with ``stride`` the kernel of as many
+            channels as polyphase components; any floating or complex dtype.
+        domain: the periodic grid.
+        stride: of the convolution.
+        groups: of the convolution.
+
+    Returns:
+        ``(channels, channels/groups, *domain)``. Differentiable.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not describe a square convolution.
+
+    Cost: a dense matrix exponential for each frequency. For skew kernels `ConvExponential` is faster.
+
+    Example:
+        >>> import torch
+        >>> from orthoconv_param import functional
+        >>> k = functional.skew(torch.randn(4, 4, 3, 3, dtype=torch.float64), domain=8)
+        >>> q = functional.conv_exp(k)
+        >>> eye = functional.identity(q.shape, dtype=q.dtype)
+        >>> torch.allclose(functional.compose(functional.adjoint(q), q), eye)
+        True
+    """
+    return _apply(torch.linalg.matrix_exp, kernel, domain, stride, groups, square=True)
+
+
+def conv_log(
+    kernel: Tensor, domain: int | Size | None = None, *, stride: int | Size = 1, groups: int = 1
+) -> Tensor:
+    r"""The principal logarithm of an orthogonal convolution: skew, real for a real kernel.
+
+    .. math:: \mathrm{conv\_exp}(\mathrm{conv\_log}(q)) = q,
+              \qquad \|\mathrm{spectrum}(\mathrm{conv\_log}(q))\|_2 \le \pi.
+
+    Args:
+        kernel: ``(channels, channels/groups, *taps)``, orthogonal on the domain.
+        domain: the periodic grid.
+        stride: of the convolution.
+        groups: of the convolution.
+
+    Returns:
+        ``(channels, channels/groups, *domain)``. Not differentiable.
+
+    Raises:
+        geotorch.exceptions.InManifoldError: if the convolution is not orthogonal there to 1e-4, or is
+            out of reach: of determinant -1 at a frequency where a real kernel's matrix is real.
+
+    Cost: one Hermitian eigendecomposition for each frequency.
+    """
+
+    def log(spectrum: Tensor, lattice: Lattice) -> Tensor:
+        if not semi_orthogonal(spectrum, 1e-4):
+            raise InManifoldError(kernel, f"the orthogonal convolutions on {lattice.domain}")
+        try:
+            return lattice.choose(exponential.log_unitary, spectrum)
+        except ValueError as error:
+            raise InManifoldError(kernel, f"the image of exp: {error}") from error
+
+    return _apply(log, kernel, domain, stride, groups, square=True, with_lattice=True)
+
+
+def skew(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
+    r"""The skew part ``(k - k^*) / 2`` of a convolution with as many output as input channels.
+
+    Args:
+        kernel: ``(channels, channels/groups, *taps)``.
+        domain: the periodic grid.
+        groups: of the convolution.
+
+    Returns:
+        ``(channels, channels/groups, *domain)``, with ``adjoint(skew(k)) = -skew(k)``.
+    """
+    return _apply(exponential.skew, kernel, domain, 1, groups, square=True)
+
+
+def adjoint(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
+    r"""The kernel of the adjoint: ``<adjoint(k) * y, x> = <y, k * x>``.
+
+    Args:
+        kernel: ``(out, in/groups, *taps)``.
+        domain: the periodic grid.
+        groups: of the convolution.
+
+    Returns:
+        ``(in, out/groups, *domain)``.
+    """
+    return _apply(lambda spectrum: spectrum.mH, kernel, domain, 1, groups)
+
+
+def compose(after: Tensor, before: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
+    r"""The kernel of one convolution after another: ``compose(a, b) * x = a * (b * x)``.
+
+    Args:
+        after: ``(out, mid/groups, *taps)``.
+        before: ``(mid, in/groups, *taps)``, of the same dtype.
+        domain: the periodic grid; None only where both kernels have the same taps.
+        groups: of both.
+
+    Returns:
+        ``(out, in/groups, *domain)``.
+
+    Raises:
+        ValueError: if the channels, or the taps with ``domain=None``, do not match.
+    """
+    if domain is None and after.shape[2:] != before.shape[2:]:
+        raise ValueError(
+            "domain should be given for kernels of different taps. "
+            f"Found {tuple(after.shape[2:])} and {tuple(before.shape[2:])}"
+        )
+    if after.shape[1] * groups != before.shape[0]:
+        raise ValueError(
+            f"after should take the {before.shape[0]} channels that before gives. "
+            f"Found {after.shape[1] * groups}"
+        )
+    other = _lattice(before, domain, 1, groups).spectrum(before)
+    return _apply(lambda spectrum: spectrum @ other, after, domain, 1, groups)
+
+
+def identity(
+    kernel_size: Size,
+    domain: int | Size | None = None,
+    *,
+    stride: int | Size = 1,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The kernel that leaves its input alone; where channels differ, the first columns of it.
+
+    Args:
+        kernel_size: ``(out, in/groups, *taps)``.
+        domain: the periodic grid.
+        stride: of the convolution: the identity then reads off polyphase components.
+        groups: of the convolution.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        ``(out, in/groups, *domain)``, orthogonal on every domain.
+    """
+    zero = torch.zeros(kernel_size, dtype=dtype, device=device)
+    return _apply(
+        lambda X: torch.eye(*X.shape[-2:], dtype=X.dtype, device=X.device).expand_as(X),
+        zero, domain, stride, groups,
+    )  # fmt: skip
+
+
+def nearest_orthogonal(
+    kernel: Tensor, domain: int | Size | None = None, *, stride: int | Size = 1, groups: int = 1
+) -> Tensor:
+    r"""The orthogonal convolution nearest to a convolution: the polar factor of its operator.
+
+    At each frequency ``U V^H``, of the singular value decomposition ``U S V^H``: it minimises the
+    Frobenius distance of the operators on the domain.
+
+    Args:
+        kernel: ``(out, in/groups, *taps)``; where it is rank-deficient the nearest is not unique,
+            and one is chosen that is real for a real kernel and depends on the kernel only.
+        domain: the periodic grid.
+        stride: of the convolution.
+        groups: of the convolution.
+
+    Returns:
+        ``(out, in/groups, *domain)``, semi-orthogonal on the domain. Not differentiable.
+
+    Cost: one singular value decomposition for each frequency.
+
+    Example:
+        >>> import torch
+        >>> from orthoconv_param import functional
+        >>> w = torch.randn(4, 4, 3, 3)
+        >>> functional.nearest_orthogonal(w, domain=16).shape
+        torch.Size([4, 4, 16, 16])
+    """
+    return _apply(polar, kernel, domain, stride, groups, with_lattice=True)
+
+
+def polar(spectrum: Tensor, lattice: Lattice) -> Tensor:
+    """The polar factor at each frequency, one choice for each pair of them."""
+    rows, columns = spectrum.shape[-2:]
+    return lattice.choose(exponential.polar_frame, spectrum)[..., :rows, :columns]
+
+
+def semi_orthogonal(spectrum: Tensor, eps: float) -> bool:
+    """Whether ``X^H X = I``, or ``X X^H = I`` for wide matrices, to ``eps`` in each entry."""
+    gram = spectrum.mH @ spectrum if spectrum.shape[-2] >= spectrum.shape[-1] else spectrum @ spectrum.mH
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return bool(((gram - eye).abs() <= eps).all())
+
+
+def _lattice(kernel: Tensor, domain: int | Size | None, stride: int | Size, groups: int) -> Lattice:
+    if not isinstance(kernel, Tensor) or not (kernel.is_floating_point() or kernel.is_complex()):
+        found = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
+        raise TypeError(f"kernel should be a tensor of a floating or complex dtype. Found {found}")
+    if domain is not None and not isinstance(domain, (int, tuple, list)):
+        raise TypeError(f"domain should be None, an integer or a tuple of them. Found {domain!r}")
+    (groups,) = per_axis("groups", groups, 1)
+    return Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, stride, groups)
+
+
+def _apply(
+    function: Callable[..., Tensor],
+    kernel: Tensor,
+    domain: int | Size | None,
+    stride: int | Size,
+    groups: int,
+    *,
+    square: bool = False,
+    with_lattice: bool = False,
+) -> Tensor:
+    lattice = _lattice(kernel, domain, stride, groups)
+    rows, columns = lattice.blocks(kernel.shape)
+    if square and rows != columns:
+        raise ValueError(
+            f"kernel should take as many channels, times the stride's phases, as it gives, in each group. "
+            f"Found {columns} and {rows}"
+        )
+    precise = kernel if kernel.dtype in exponential.FLOATS else kernel.float()
+    spectrum = lattice.spectrum(precise)
+    result = function(spectrum, lattice) if with_lattice else function(spectrum)
+    return lattice.kernel(result).to(kernel.dtype)

@@ -1,0 +1,571 @@
+r"""`ConvExponential`: a convolution's weight as the exponential of a free skew generator.
+
+On a lattice with spectra ``X`` (generator) and ``B`` (base), padded to ``m x m``,
+``m = max(out, in)``,
+
+    weight = B exp(skew(X)),    its first columns if ``out > in``,
+    weight = exp(skew(X)) B,    its first rows    if ``out < in``,
+
+at each frequency. ``exp`` may be another map from skew to unitary matrices.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from math import ceil, isfinite, log2
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from geotorch.exceptions import InManifoldError
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from . import trivializations
+from .exponential import FLOATS, norm_bound, polar_frame, refine, skew
+from .functional import identity, polar, semi_orthogonal
+from .lattice import Lattice, Size, pack, per_axis, sampling, unpack
+
+# Norms are rounded up to these many levels per octave, so that K changes rarely, and below the
+# smallest of them K stays, so that derivatives at zero are as exact as values.
+_LEVELS_PER_OCTAVE = 4
+_SMALLEST_LEVEL = 0.25
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class ConvExponential(nn.Module):
+    r"""Parametrizes a convolution's weight by the exponential of a skew convolution.
+
+    .. math:: \mathrm{weight} = \mathrm{base} \ast \exp(\mathrm{skew}(\mathrm{generator})), \qquad
+              W(\omega)^H W(\omega) = I \text{ at each frequency } \omega \text{ of the domain}
+
+    (``W W^H = I`` if it takes more channels than it gives). A kernel that is orthogonal on one grid
+    is **far from orthogonal on a larger one**, so choose the domain by what the convolution is fed:
+
+    - ``domain=None``: the kernel's own ``k x k`` grid. The weight keeps its shape. The operator is
+      orthogonal on ``k x k`` images only.
+    - ``domain=(H, W)``: periodic images of that size. The weight becomes a kernel of
+      ``H x W`` taps, so register it with ``unsafe=True``.
+    - ``domain="any"``: periodic images of every size, to ``tol``. The weight becomes a compact
+      kernel of ``K x K`` taps, also with ``unsafe=True``; ``K`` follows the generator's norm. The
+      existing ``k x k`` weight *is* the generator.
+
+    The generator has the shape and dtype of the weight that it replaces. Any values are allowed. It
+    holds the weight's Fourier coefficients on its own ``k x k`` grid (Hartley transform, or
+    the unitary DFT of a complex weight), and stays the parameter that an optimizer already holds.
+
+    Args:
+        domain: None, a size, a tuple of sizes, or ``"any"``.
+        stride: of the convolution. A parametrization sees the weight alone, so this and ``groups`` must be
+            those of the convolution.
+        groups: of the convolution.
+        triv: ``"expm"``, ``"cayley"``, or a callable from skew-Hermitian ``(..., m, m)`` to unitary
+            matrices, as geotorch's are. With ``domain="any"`` it must act on eigenvalues, as these do.
+        base: whether the weight is a fixed orthogonal kernel times the exponential. Then assigning
+            ``conv.weight = W`` sets the base, and ``geotorch.utils.update_base`` works. Default: True,
+            except for ``"any"``, which has none. ``False`` (own grid, square kernels): the
+            weight is the exponential itself, and assigning takes the logarithm.
+        tol: for ``"any"``: bound on the operator's defect, at every size. Default: what the dtype can
+            hold, 2e-7, in double precision 1e-12, in half precision 1e-4. A looser one is cheaper: ``K``
+            is smaller, and less is computed in double precision (to 2e-7 all of it at norms above 1.6).
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above; on registration, if the weight
+            is not a finite floating or complex convolution kernel, does not fit into the domain,
+            or if ``stride`` or ``groups`` do not divide what they must. The module is then unchanged.
+        geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map
+            does not reach the weight (as the exponential no determinant -1).
+
+    Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
+    (float16) and 2e-3 (bfloat16).
+
+    Cost: for ``F`` frequencies, about ``10 F m^3`` multiplications forward and three times as many
+    backward. ``F`` is half of ``k^2``, ``H W`` or ``K^2``: with ``"any"`` no image size appears.
+
+    Source: Magnasco, arXiv:2302.07396; trivializations: Lezcano-Casado, arXiv:1909.09501.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> from orthoconv_param import ConvExponential, orthogonality_defect
+        >>> conv = nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular").double()
+        >>> _ = register_parametrization(conv, "weight", ConvExponential())
+        >>> conv.weight.shape
+        torch.Size([4, 4, 3, 3])
+        >>> orthogonality_defect(conv.weight, domain=3) < 1e-12
+        True
+        >>> orthogonality_defect(conv.weight, domain=32) > 0.1  # larger images: not at all
+        True
+
+        At every size:
+
+        >>> conv = nn.Conv2d(4, 4, 3).double()
+        >>> _ = register_parametrization(conv, "weight", ConvExponential("any"), unsafe=True)
+        >>> all(orthogonality_defect(conv.weight, domain=n) < 1e-11 for n in (3, 32, 97))
+        True
+    """
+
+    base: Tensor | None
+    _reference: Tensor | None
+
+    def __init__(
+        self,
+        domain: int | Size | Literal["any"] | None = None,
+        *,
+        stride: int | Size = 1,
+        groups: int = 1,
+        triv: str | trivializations.Trivialization = "expm",
+        base: bool | None = None,
+        tol: float | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(domain, str):
+            if domain != "any":
+                raise ValueError(f'domain should be None, a size, or "any". Found {domain!r}')
+        elif domain is not None:
+            per_axis("domain", domain)
+        per_axis("stride", stride)
+        per_axis("groups", groups, 1)
+        trivializations.trivialization(triv)
+        if base not in (None, True, False):
+            raise TypeError(f"base should be None, True or False. Found {base!r}")
+        if base and domain == "any":
+            raise ValueError('base should be None or False with domain="any", which has no base')
+        if base is False and domain not in (None, "any"):
+            raise ValueError(
+                "base should be None or True with a given domain: the logarithm of a kernel on it "
+                "has more taps than the generator"
+            )
+        if base is False and domain is None and trivializations.inverse(triv) is None:
+            raise ValueError(
+                f"base=False takes an inverse of triv, which {trivializations.name(triv)} does not have: "
+                "triv should be given by name, or base be True"
+            )
+        if tol is not None and domain != "any":
+            raise ValueError('tol should be None unless domain="any": elsewhere nothing is truncated')
+        if tol is not None and not 0 < tol < 1:
+            raise ValueError(f"tol should be between 0 and 1. Found {tol!r}")
+
+        self.domain = tuple(domain) if isinstance(domain, list) else domain
+        self.stride = tuple(stride) if isinstance(stride, list) else stride
+        self.groups = groups
+        self.triv = triv
+        self.tol = tol
+        self.size: Size | None = None  # of the generator, once registered
+        # With domain="any": the generator's norm, rounded up, and the compact kernel's degree for it.
+        self.level: float | None = None
+        self.degree: int | None = None
+        self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+        self._has_base = domain != "any" if base is None else base
+        # The base's spectrum, as real and imaginary parts: `Module.to` drops those of a complex buffer.
+        self.register_buffer("base", None)
+        self.register_buffer("_reference", None, persistent=False)  # an empty tensor: dtype and device
+
+    @property
+    def taps(self) -> Size:
+        """Taps of the weight: the kernel's own, the domain, or the compact kernel's ``K`` x ``K``.
+
+        Raises:
+            RuntimeError: before registration.
+        """
+        size, reference = self._registered()
+        return self._lattice(size, reference.is_complex()).taps
+
+    def forward(self, X: Tensor) -> Tensor:
+        """The orthogonal kernel of a generator.
+
+        Args:
+            X: the generator, ``(out, in/groups, *taps)``.
+
+        Returns:
+            ``(out, in/groups, *taps)``, with the generator's, the domain's, or the compact kernel's
+            ``K`` x ``K`` taps, in the generator's dtype.
+
+        Raises:
+            ValueError: if the generator is not of the size that was registered.
+        """
+        if self.size is None:  # stacked on another parametrization: nothing was inverted here
+            self._adopt(X)
+        elif X.shape != self.size:
+            raise ValueError(f"the generator should be of size {tuple(self.size)}. Found {tuple(X.shape)}")
+        with _no_autocast(X.device.type):
+            kernel = unpack(_precise(X))
+            if self.domain == "any":
+                self._follow_norm(kernel)
+            lattice = self._lattice(X.shape, X.is_complex())
+            # Note [rounding below tol]
+            # A compact kernel also has to be orthogonal between the frequencies of its torus, where
+            # rounding shows more: 1e-6 at single precision. Exact products after a single precision
+            # exponential leave eps * norm, and double precision throughout nothing to speak of.
+            error = torch.finfo(kernel.dtype).eps
+            tol = self._tolerance() if self.domain == "any" else 1.0
+            if error * (self.level or 0) > tol:
+                kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float64))
+            rows, columns = lattice.blocks(X.shape)
+            Q = trivializations.trivialization(self.triv)(_square_skew(lattice.spectrum(kernel)))
+            Q = Q[..., :rows, :columns]
+            if self.base is not None:
+                base = torch.view_as_complex(self.base).to(Q.dtype)
+                Q = base @ Q if rows >= columns else Q @ base
+            if Q.dtype == torch.complex64 and 10 * error > tol:
+                Q = refine(Q)
+            return lattice.kernel(Q).to(X.dtype)
+
+    @torch.no_grad()
+    def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
+        """The generator whose kernel is ``W``, or the orthogonal kernel nearest to it.
+
+        With a base, the base becomes that kernel and the generator is zero. Without (own grid), the
+        generator is its logarithm. With ``domain="any"``, ``W`` means a generator: it is only packed.
+
+        Args:
+            W: ``(out, in/groups, *taps)``, with the generator's taps or those of the domain.
+            check_in_manifold: whether to refuse a kernel that is not orthogonal. Not with
+                ``domain="any"``.
+
+        Returns:
+            ``(out, in/groups, *taps)``: the generator, of the dtype of ``W``.
+
+        Raises:
+            TypeError: if ``W`` is not of a floating or complex dtype.
+            ValueError: if it is not finite, or of another size.
+            geotorch.exceptions.InManifoldError: if it is to be orthogonal and is not, or if no generator
+                reaches it.
+        """
+        self._check(W)
+        size = W.shape if self.size is None else self.size
+        if self.domain == "any":
+            if check_in_manifold:
+                raise ValueError('check_in_manifold should be False with domain="any": W is a generator')
+            generator = pack(_precise(W)).to(W.dtype)
+            self._adopt(W)
+            self._follow_norm(_precise(W))
+            return generator
+        lattice = self._lattice(size, W.is_complex())
+        spectrum = lattice.spectrum(_precise(W))
+        if check_in_manifold and not semi_orthogonal(spectrum, 1e-4):
+            raise InManifoldError(W, self)
+        if self._has_base:
+            base = torch.view_as_real(lattice.choose(polar_frame, spectrum))
+            if self.base is None:
+                self.base = base
+            else:
+                self.base.copy_(base)
+            generator = W.new_zeros(size)
+        else:
+            generator = self._logarithm(W, lattice, polar(spectrum, lattice))
+        self._adopt(generator)
+        return generator
+
+    def in_manifold(self, W: Tensor, eps: float = 1e-4) -> bool:
+        """Whether ``W`` is an orthogonal kernel on the domain, to ``eps`` in each entry of ``W^H W``.
+
+        With ``domain="any"``: on every domain. (``W^H W`` has ``2 K - 1`` taps, so a torus
+        of that size sees all of it.)
+
+        Raises:
+            RuntimeError: before registration.
+        """
+        size, reference = self._registered()
+        if W.shape[:2] != size[:2] or W.ndim != len(size) or W.is_complex() != reference.is_complex():
+            return False
+        lattice = self._lattice(size, W.is_complex())
+        if self.domain == "any":
+            stride = lattice.stride
+            points = tuple(2 * ceil(k / s) + 1 for k, s in zip(W.shape[2:], stride, strict=True))
+            lattice = lattice.resolution(points)
+        elif W.shape[2:] != lattice.domain:
+            return False
+        return semi_orthogonal(lattice.spectrum(_precise(W)), eps)
+
+    @torch.no_grad()
+    def sample(self, distribution: str = "uniform", init_: Any = None) -> Tensor:
+        r"""A random orthogonal kernel on the domain, to be assigned to the weight.
+
+        - ``"uniform"``: Haar's measure at each frequency; at real ones both determinants.
+        - ``"torus"``: ``triv`` of skew matrices with angles drawn by ``init_``, on the
+          diagonal, or at real frequencies in ``2 x 2`` blocks. What recurrent kernels start from.
+        - ``"identity"``: no draw.
+
+        Args:
+            distribution: one of these. With ``domain="any"`` only ``"identity"``, returned as
+                the zero generator: random matrices at each frequency have no compact kernel.
+            init_: fills a tensor of angles in place. Default: uniform on ``[-pi, pi]``.
+
+        Raises:
+            RuntimeError: before registration.
+            ValueError: if there is no such distribution.
+        """
+        size, reference = self._registered()
+        lattice = self._lattice(size, reference.is_complex())
+        known = ("identity",) if self.domain == "any" else ("uniform", "torus", "identity")
+        if distribution not in known:
+            raise ValueError(
+                f"distribution should be one of {known} with domain={self.domain!r}. Found {distribution!r}"
+            )
+        if init_ is not None and distribution != "torus":
+            raise ValueError(f'init_ should be None unless distribution="torus". Found {distribution!r}')
+        if self.domain == "any":
+            return reference.new_zeros(size)
+        if distribution == "identity":
+            return identity(
+                size, lattice.domain, stride=lattice.stride, groups=self.groups,
+                dtype=reference.dtype, device=reference.device,
+            )  # fmt: skip
+        rows, columns = lattice.blocks(size)
+        m = max(rows, columns)
+        precise = _precise(reference)
+        dtype = torch.promote_types(precise.dtype, torch.complex64)
+        empty = torch.empty(self.groups, lattice.frequencies, m, m, dtype=dtype, device=reference.device)
+        if distribution == "uniform":
+            Q = lattice.choose(_haar, empty)
+        else:
+            A = lattice.choose(lambda like: _torus(like, init_), empty)
+            Q = trivializations.trivialization(self.triv)(A)
+        return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print(conv)`` says of the parametrization."""
+        size = "" if self.size is None else f"{tuple(self.size)}, "
+        taps = f", taps={self.taps}" if self.domain == "any" and self.size is not None else ""
+        optional = "".join(
+            f", {key}={value}"
+            for key, value in (("stride", self.stride), ("groups", self.groups))
+            if value != 1
+        )
+        tol = "" if self.tol is None else f", tol={self.tol}"
+        return (
+            f"{size}domain={self.domain!r}{taps}{optional}, "
+            f"triv={trivializations.name(self.triv)}, base={self._has_base}{tol}"
+        )
+
+    def _lattice(self, size: Size, is_complex: bool) -> Lattice:
+        if self.domain != "any":
+            return Lattice.of_kernel(size, is_complex, self.domain, self.stride, self.groups)
+        taps = tuple(size[2:])
+        stride = per_axis("stride", self.stride, len(taps))
+        if self.degree is None:
+            raise RuntimeError(
+                'K is not known: with domain="any", call the module once outside of torch.compile and vmap'
+            )
+        return Lattice.of_degree(self.degree, taps, stride, self.groups, is_complex)
+
+    def _registered(self) -> tuple[Size, Tensor]:
+        if self.size is None or self._reference is None:
+            raise RuntimeError(
+                "size, dtype and device are known once the parametrization is registered on a weight"
+            )
+        return self.size, self._reference
+
+    def _adopt(self, X: Tensor) -> None:
+        if self.size is None:
+            self._check(X, finite=False)
+            self.size = X.shape
+            self._reference = X.new_empty(0)
+
+    def _check(self, W: Tensor, finite: bool = True) -> None:
+        """Raises what is wrong with a weight, before anything is changed."""
+        if not isinstance(W, Tensor) or W.dtype not in (*FLOATS, *_HALF):
+            found = W.dtype if isinstance(W, Tensor) else type(W).__name__
+            raise TypeError(f"the weight should be of a floating or complex dtype. Found {found}")
+        size = W.shape if self.size is None else self.size
+        if self.domain == "any":
+            # its own lattice is any; this one is for the checks of groups and channels
+            per_axis("stride", self.stride, len(size) - 2)
+            lattice = Lattice.of_kernel(size, W.is_complex(), None, 1, self.groups)
+            allowed = {tuple(size)}
+        else:
+            lattice = Lattice.of_kernel(size, W.is_complex(), self.domain, self.stride, self.groups)
+            allowed = {tuple(size), (*size[:2], *lattice.domain)}
+        if tuple(W.shape) not in allowed:
+            note = (
+                ': with domain="any" it is a generator, not the compact kernel'
+                if self.domain == "any"
+                else ""
+            )
+            raise ValueError(
+                f"the weight should be of size {' or '.join(map(str, sorted(allowed)))}{note}. "
+                f"Found {tuple(W.shape)}"
+            )
+        if self._reference is not None and W.is_complex() != self._reference.is_complex():
+            raise TypeError(f"the weight should be of dtype {self._reference.dtype}. Found {W.dtype}")
+        if finite and not W.is_meta and not bool(torch.isfinite(W).all()):
+            raise ValueError("the weight should be finite. Found nan or inf")
+
+    def _logarithm(self, W: Tensor, lattice: Lattice, spectrum: Tensor) -> Tensor:
+        rows, columns = spectrum.shape[-2:]
+        if rows != columns:
+            raise ValueError(
+                "base=False should only be used where each group gives as many channels as it takes: "
+                f"a frame has no logarithm. Found {rows} and {columns}"
+            )
+        inverse = trivializations.inverse(self.triv)
+        assert inverse is not None  # checked by the constructor
+        try:
+            A = lattice.choose(inverse, spectrum)
+        except ValueError as error:
+            raise InManifoldError(W, f"the image of {self}: {error}") from error
+        return pack(lattice.kernel(A)).to(W.dtype)
+
+    def _set_level(self, level: float) -> None:
+        taps = tuple(self._registered()[0][2:])
+        stride = per_axis("stride", self.stride, len(taps))
+        tol = self._tolerance()
+        self.degree = trivializations.degree(self.triv, level, tol, taps, stride)
+        self.level = level
+
+    def _tolerance(self) -> float:
+        dtype = self._registered()[1].dtype
+        if self.tol is not None:
+            return self.tol
+        if dtype in _HALF:
+            return 1e-4
+        return 1e-12 if dtype in (torch.float64, torch.complex128) else 2e-7
+
+    def _follow_norm(self, kernel: Tensor) -> None:
+        """Sets the compact kernel's degree from a bound on the norm of the generator's skew part.
+
+        Under `torch.compile`, `vmap` and graph capture a value cannot be read: the degree stays.
+        """
+        if torch.compiler.is_compiling() or (kernel.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if kernel.is_meta:
+            self._set_level(self.level or _SMALLEST_LEVEL)
+            return
+        taps = tuple(kernel.shape[2:])
+        stride = per_axis("stride", self.stride, len(taps))
+        points, factor = sampling(taps, stride)
+        with torch.no_grad():
+            lattice = Lattice(taps, stride, self.groups, kernel.is_complex()).resolution(points)
+            bound = norm_bound(_square_skew(lattice.spectrum(kernel.detach()))).amax() * factor
+            try:
+                norm = self._read(bound)
+            except RuntimeError:  # vmap
+                return
+        if norm is None or not isfinite(norm):
+            return  # not there yet, or a generator that is not finite: its kernel says so
+        level = _SMALLEST_LEVEL
+        if norm > level:
+            level = 2 ** (ceil(_LEVELS_PER_OCTAVE * log2(norm)) / _LEVELS_PER_OCTAVE)
+        if level != self.level:
+            self._set_level(level)
+
+    def _read(self, bound: Tensor) -> float | None:
+        """The value of a scalar; on a GPU the last one that has arrived, without waiting for it."""
+        if not bound.is_cuda or self.degree is None:
+            return float(bound)
+        arrived = None
+        if self._in_flight is not None and self._in_flight[1].query():
+            arrived, self._in_flight = float(self._in_flight[0]), None
+        if self._in_flight is None:
+            host = torch.empty((), dtype=bound.dtype, pin_memory=True)
+            host.copy_(bound, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._in_flight = host, event
+        return arrived
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.domain == "any" and self.size is not None:
+            self._in_flight = None
+            generator = state_dict.get(prefix.rsplit(".", 2)[0] + ".original")
+            if isinstance(generator, Tensor) and generator.shape == self.size:
+                assert self._reference is not None
+                self._follow_norm(unpack(_precise(generator.to(self._reference.dtype))))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ConvExponential":
+        base = self.base
+        super()._apply(fn, recurse)
+        if base is not None and self.base is not None:
+            moved = self.base
+            dtype = torch.promote_types(moved.dtype.to_real(), torch.float32)
+            if moved.dtype != dtype:  # never below float32, nor complex
+                self.base = base.to(moved.device, dtype)
+            if torch.finfo(dtype).eps < torch.finfo(base.dtype).eps and not self.base.is_meta:
+                size, reference = self._registered()
+                lattice = self._lattice(size, reference.is_complex())
+                spectrum = torch.view_as_complex(self.base)
+                self.base = torch.view_as_real(lattice.choose(polar_frame, spectrum))
+        if self.level is not None:
+            self._in_flight = None
+            self._set_level(self.level)  # the tolerance may have changed
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_flight": None}  # an event is of this process and this copy
+
+
+def generators(model: nn.Module) -> list[nn.Parameter]:
+    """The free parameters of a model's orthogonal convolutions, for an optimizer's own group.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Each parameter once, in the order of ``model.modules()``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> from orthoconv_param import ConvExponential, generators
+        >>> model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        >>> _ = register_parametrization(model[0], "weight", ConvExponential())
+        >>> slow = generators(model)
+        >>> rest = [p for p in model.parameters() if all(p is not g for g in slow)]
+        >>> optimizer = torch.optim.Adam([{"params": slow, "lr": 1e-4}, {"params": rest}], lr=1e-3)
+    """
+    lists: Iterable[ParametrizationList] = (
+        m for m in model.modules() if isinstance(m, ParametrizationList)
+    )
+    found = {
+        id(parameter): parameter
+        for parametrizations in lists
+        if any(isinstance(p, ConvExponential) for p in parametrizations)
+        for parameter in parametrizations.parameters(recurse=False)
+    }
+    return list(found.values())
+
+
+def _square_skew(spectrum: Tensor) -> Tensor:
+    """The skew part of a spectrum's blocks, padded to square ones by zeros."""
+    rows, columns = spectrum.shape[-2:]
+    m = max(rows, columns)
+    return skew(F.pad(spectrum, (0, m - columns, 0, m - rows)))
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Real products are not to be taken to half precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _precise(X: Tensor) -> Tensor:
+    return X.float() if X.dtype in _HALF else X
+
+
+def _haar(like: Tensor) -> Tensor:
+    Q, R = torch.linalg.qr(torch.randn_like(like))
+    return Q * torch.sgn(R.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+
+
+def _torus(like: Tensor, init_: Any) -> Tensor:
+    """Skew matrices of given angles: the Lie algebra of a maximal torus of U(m), or of SO(m)."""
+    m = like.shape[-1]
+    pairs = like.is_complex()
+    angles = torch.empty(
+        *like.shape[:-2], m if pairs else m // 2, dtype=like.real.dtype, device=like.device
+    )
+    if init_ is None:
+        nn.init.uniform_(angles, -torch.pi, torch.pi)
+    else:
+        init_(angles)
+    if like.is_complex():
+        return torch.diag_embed(1j * angles)
+    subdiagonal = angles.new_zeros(*angles.shape[:-1], max(m - 1, 0))
+    subdiagonal[..., ::2] = angles
+    lower = torch.diag_embed(subdiagonal, offset=-1)
+    return lower - lower.mT

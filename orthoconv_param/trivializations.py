@@ -1,0 +1,115 @@
+r"""Maps from skew-Hermitian matrices to unitary ones, by name, and how local they are.
+
+A map ``triv`` with a scalar function ``f`` (``exp``, Cayley's ``(1 + z/2) / (1 - z/2)``) takes a local
+generator to a kernel whose taps fall off as the Chebyshev coefficients of ``f`` on
+``i [-norm, norm]``: a polynomial of degree ``p`` in a kernel of reach ``r`` has reach ``p r``.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .exponential import expm_skew, log_unitary, skew
+from .lattice import Lattice, Size
+
+Trivialization = Callable[[Tensor], Tensor]
+
+_LARGEST_DEGREE = 4096
+
+
+def cayley(A: Tensor) -> Tensor:
+    r"""Cayley's map ``(I + A/2) (I - A/2)^{-1}`` of skew-Hermitian matrices ``(..., n, n)``."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(eye - A / 2, eye + A / 2)
+
+
+def _inverse_cayley(Q: Tensor) -> Tensor:
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    # an eigenvalue -1 is a pole: solve would raise on some machines and not on others
+    if bool((torch.linalg.svdvals(Q + eye)[..., -1] < 1e3 * torch.finfo(Q.dtype).eps).any()):
+        raise ValueError("Cayley's map does not reach a matrix with an eigenvalue -1")
+    return skew(2 * torch.linalg.solve(Q + eye, Q - eye))
+
+
+_BY_NAME: dict[str, tuple[Trivialization, Trivialization]] = {
+    "expm": (expm_skew, log_unitary),
+    "cayley": (cayley, _inverse_cayley),
+}
+
+
+def trivialization(triv: str | Trivialization) -> Trivialization:
+    """The map of that name, or ``triv`` itself if it is callable.
+
+    Raises:
+        ValueError: if there is no map of that name.
+        TypeError: if it is neither a name nor callable.
+    """
+    if isinstance(triv, str):
+        if triv not in _BY_NAME:
+            raise ValueError(f"triv should be one of {sorted(_BY_NAME)} or callable. Found {triv!r}")
+        return _BY_NAME[triv][0]
+    if not callable(triv):
+        raise TypeError(f"triv should be one of {sorted(_BY_NAME)} or callable. Found {triv!r}")
+    return triv
+
+
+def inverse(triv: str | Trivialization) -> Trivialization | None:
+    """The inverse of a map that is given by name, from unitary to skew matrices; else None."""
+    return _BY_NAME[triv][1] if isinstance(triv, str) else None
+
+
+def name(triv: str | Trivialization) -> str:
+    """How the map is called."""
+    return triv if isinstance(triv, str) else getattr(triv, "__name__", type(triv).__name__)
+
+
+def degree(triv: str | Trivialization, norm: float, tol: float, taps: Size, stride: Size) -> int:
+    """The degree ``p`` at which a compact kernel is as good as ``triv`` of the generator, to ``tol``.
+
+    On the torus that holds degree ``p``, ``triv`` of a generator with spectrum in
+    ``i [-norm, norm]`` differs from a kernel with all its taps there by at most the sum
+    of the Chebyshev coefficients above ``p``. Reading it as a compact kernel interpolates that rest
+    between the torus's frequencies, which multiplies it by at most Lebesgue's constant.
+    So the operator's error, and its defect, on every domain are below ``tol`` if
+
+        ``(1 + lebesgue(p)) * sum_{q > p} |c_q| <= tol``.
+
+    Raises:
+        ValueError: if no degree below 4096 does, as for a map with a discontinuity.
+    """
+    tails = _chebyshev_tails(triv, norm)
+    for p in range(2, len(tails)):
+        if tails[p] <= tol and tails[p] * (1 + _lebesgue(p, taps, stride)) <= tol:
+            return p
+    raise ValueError(
+        f"triv={name(triv)!r} of a generator of norm {norm:.3g} has no compact kernel to tol={tol:.1e}: "
+        "use a given domain, or a smaller generator"
+    )
+
+
+def _lebesgue(degree: int, taps: Size, stride: Size) -> float:
+    """Norm of the interpolation by trigonometric polynomials on the torus of that degree."""
+    grid = Lattice.of_degree(degree, taps, stride, 1, False).grid
+    return prod(float(np.mean(1 / np.sin(np.pi * (np.arange(n) + 0.5) / n))) for n in grid)
+
+
+@lru_cache(maxsize=256)
+def _chebyshev_tails(triv: str | Trivialization, norm: float) -> np.ndarray:
+    """``sum_{q > p} |c_q|`` for each ``p``, from values of the map on 1 x 1 matrices."""
+    apply = trivialization(triv)
+    count = 64
+    while count <= 4 * _LARGEST_DEGREE:
+        x = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+        f = apply(torch.from_numpy(1j * norm * x).reshape(-1, 1, 1)).flatten().numpy()
+        # the discrete cosine transform of f, as the Fourier transform of its even extension
+        spectrum = np.fft.fft(np.concatenate([f, f[::-1]]))[:count]
+        c = np.abs(spectrum * np.exp(-0.5j * np.pi * np.arange(count) / count)) / count
+        c[c < 100 * np.finfo(float).eps * (1 + norm) ** 0.5] = 0  # rounding
+        if not c[count // 2 :].any():
+            return np.append(np.cumsum(c[::-1])[::-1][1:], 0.0)[:_LARGEST_DEGREE]
+        count *= 2
+    return np.full(0, np.inf)
