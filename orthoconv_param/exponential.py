@@ -12,7 +12,7 @@ For a gradient ``G`` at ``Q``, let ``M = skew(Q^H G)``; the gradient at ``A`` is
 differentiated product by product. No eigenvalue gap ever appears in a denominator.
 """
 
-from math import ceil, inf, isfinite, log2, pi
+from math import ceil, inf, isfinite, log2, pi, prod
 from typing import Any
 
 import torch
@@ -62,7 +62,11 @@ FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 def skew(X: Tensor) -> Tensor:
     """The skew-Hermitian part ``(X - X^H) / 2`` of matrices ``(..., n, n)``."""
-    return (X - X.mH) / 2
+    # Note [lazy conjugates]
+    # Inside an operator that runs under AOTAutograd (torch 2.13) an elementwise operation takes a
+    # conjugate view for what lies in memory, without a word; matrix products do not. So conjugates
+    # are resolved before they are added, which costs nothing: that is what adding does first.
+    return (X - X.mH.resolve_conj()) / 2
 
 
 def expm_skew(A: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def expm_skew(A: Tensor) -> Tensor:
     if A.dtype not in FLOATS:
         return expm_skew(A.float()).to(A.dtype)
     if A.shape[-1] == 1:
-        return torch.exp(skew(A))
+        return torch.exp((A - torch.conj_physical(A)) / 2)
     # Note [operator and Function]
     # torch.compile cannot trace through an autograd.Function that has a jvp, and torch.func cannot
     # differentiate an operator with register_autograd (its jvp is silently zero). So each is used
@@ -270,7 +274,7 @@ def _polish(Q: Tensor) -> Tensor:
     It squares the distance to the unitary group. The factor is made exactly Hermitian.
     """
     factor = Q.mH @ Q
-    factor = (factor + factor.mH).mul_(-0.25)
+    factor = (factor + factor.mH.resolve_conj()).mul_(-0.25)  # see Note [lazy conjugates]
     factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
     return Q @ factor
 
@@ -305,7 +309,7 @@ def _expm_vjp_chunk(A: Tensor, G: Tensor) -> Tensor:
 def _in_chunks(function: Any, *tensors: Tensor) -> Tensor:
     """Applies a function of matrix batches in pieces whose temporaries stay in the cache."""
     shape = tensors[0].shape
-    flat = [x.resolve_conj().reshape(-1, *shape[-2:]) for x in tensors]
+    flat = [x.resolve_conj().reshape(prod(shape[:-2]), *shape[-2:]) for x in tensors]
     result = torch.empty_like(flat[0], memory_format=torch.contiguous_format)
     if result.numel():
         size = len(result)

@@ -1,0 +1,64 @@
+"""What a convolution is, without the package: dense matrices, by pushing the identity through."""
+
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def periodic(x: Tensor, kernel: Tensor, stride: tuple[int, ...], groups: int) -> Tensor:
+    """torch's own convolution of an image that repeats, the kernel centred at ``(k - 1) // 2``."""
+    taps, domain = kernel.shape[2:], x.shape[2:]
+    for axis, (k, n) in enumerate(zip(taps, domain, strict=True), start=2):
+        positions = torch.arange(-((k - 1) // 2), n - (k - 1) // 2 + k - 1) % n
+        x = x.index_select(axis, positions)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(taps) - 1]
+    return convolve(x, kernel, stride=stride, groups=groups)
+
+
+def dense(
+    kernel: Tensor, domain: tuple[int, ...], stride: tuple[int, ...] | None = None, groups: int = 1
+) -> Tensor:
+    """The operator's matrix, from ``in * prod(domain)`` numbers to ``out * prod(domain / stride)``."""
+    stride = stride or (1,) * len(domain)
+    columns = kernel.shape[1] * groups * int(np.prod(domain))
+    eye = torch.eye(columns, dtype=kernel.dtype).reshape(columns, -1, *domain)
+    return periodic(eye, kernel, stride, groups).reshape(columns, -1).mT
+
+
+def phases_first(channels: int, domain: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The permutation of a strided convolution's input into (channel, phase, coarse position)."""
+    index = torch.arange(channels * int(np.prod(domain))).reshape(channels, *domain)
+    components = [
+        index[(slice(None), *(slice(r, None, s) for r, s in zip(phase, stride, strict=True)))]
+        for phase in product(*map(range, stride))
+    ]
+    return torch.stack(components, 1).flatten()
+
+
+def hartley(generator: Tensor) -> Tensor:
+    """The kernel that a packed real generator stands for, by the definition: a sum of cosines and sines."""
+    taps = generator.shape[2:]
+    kernel = torch.zeros_like(generator)
+    for d in product(*map(range, taps)):
+        offset = [x - (k - 1) // 2 for x, k in zip(d, taps, strict=True)]
+        for w in product(*map(range, taps)):
+            angle = 2 * np.pi * sum(a * b / k for a, b, k in zip(offset, w, taps, strict=True))
+            wave = (np.cos(angle) + np.sin(angle)) / np.sqrt(np.prod(taps))
+            kernel[(..., *d)] += generator[(..., *w)] * wave
+    return kernel
+
+
+def skew(M: Tensor) -> Tensor:
+    return (M - M.mH) / 2
+
+
+def defect(M: Tensor) -> float:
+    """``max |singular value - 1|`` of a dense matrix."""
+    return (torch.linalg.svdvals(M) - 1).abs().max().item()
+
+
+def random(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(seed))

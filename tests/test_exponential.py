@@ -1,0 +1,244 @@
+import numpy as np
+import pytest
+import torch
+from oracles import random, skew
+from scipy.linalg import expm, expm_frechet
+from torch.autograd import gradcheck, gradgradcheck
+
+from orthoconv_param import expm_skew, exponential
+from orthoconv_param.exponential import log_unitary, norm_bound, polar_frame, refine
+
+DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+NORMS = [0.0, 1e-12, 0.1, 1.0, 10.0, 1e3]
+
+
+def skew_of_norm(norm, n, dtype, batch=(3,), seed=0):
+    A = skew(random(*batch, n, n, dtype=dtype, seed=seed))
+    size = torch.linalg.matrix_norm(A, 2).amax()
+    return A * (norm / size if size > 0 else 0)
+
+
+@pytest.fixture(params=["read", "fixed"])
+def schedule(request, monkeypatch):
+    """How many squarings: read from the norm, or the fixed schedule of devices that are not waited for."""
+    if request.param == "fixed":
+        monkeypatch.setattr(exponential, "_may_wait", lambda device: False)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_unitarity(dtype, n, norm):
+    A = skew_of_norm(norm, n, dtype)
+    Q = expm_skew(A)
+    assert Q.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert (Q.mH @ Q - torch.eye(n, dtype=dtype)).abs().max() <= 10 * n * eps
+    exact = np.stack([expm(a.to(torch.complex128).numpy()) for a in A])
+    # the exponential's condition number is the norm; scipy's own rounding is in double precision
+    tolerance = 10 * n**0.5 * (eps * max(norm, 1) + 2e-15 * max(norm, 10))
+    assert np.abs(Q.numpy() - exact).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_polynomial_is_the_exponential_on_its_interval(dtype):
+    radius, coefficients = exponential._POLYNOMIALS[torch.empty(0, dtype=dtype).real.dtype]
+    x = np.linspace(-radius, radius, 1001)
+    z = torch.from_numpy(1j * x).reshape(-1, 1, 1)
+    values = exponential._evaluate(z, z @ z, coefficients).flatten().numpy()
+    assert np.abs(values - np.exp(1j * x)).max() < max(0.1 * torch.finfo(dtype).eps, 3e-16)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("norm", [0.0, 1e-12, 0.1, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_is_the_frechet_derivative(dtype, norm):
+    A = skew_of_norm(norm, 5, dtype, batch=()).requires_grad_()
+    G = random(5, 5, dtype=dtype, seed=1)
+    (gradient,) = torch.autograd.grad(expm_skew(A), A, G)
+    # <G, L(A)[E]> = <L(A^H)[G], E>, and only the skew part of E is seen
+    wide = [x.detach().to(torch.complex128).numpy() for x in (A, G)]
+    exact = expm_frechet(wide[0].conj().T, wide[1], compute_expm=False)
+    exact = (exact - exact.conj().T) / 2
+    eps = torch.finfo(dtype).eps
+    tolerance = 100 * eps * max(norm, 1) * np.abs(wide[1]).max()
+    assert np.abs(gradient.numpy() - exact).max() <= tolerance
+
+
+REPEATED = torch.diag_embed(torch.tensor([[1.0, 1.0, -2.0], [0.5, 0.5, 0.5]], dtype=torch.float64)) * 1j
+REAL = [skew_of_norm(norm, 3, torch.float64, batch=(2,)) for norm in (0.0, 1e-12, 1.0, 9.0)]
+COMPLEX = [skew_of_norm(norm, 3, torch.complex128, batch=(2,)) for norm in (0.0, 1.0)] + [REPEATED]
+SMALL = [random(2, n, n, dtype=dtype) for n in (1, 2) for dtype in (torch.float64, torch.complex128)]
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("A", [*REAL, *COMPLEX, *SMALL])
+def test_derivatives_of_first_and_second_order(A):
+    A = A.clone().requires_grad_()
+    assert gradcheck(
+        expm_skew, A, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert gradgradcheck(expm_skew, A, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_func_transforms_agree_with_autograd():
+    weights = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+
+    def f(A):
+        return (expm_skew(A) ** 2 * weights).sum()
+
+    A = random(4, 3, 3)
+    one_by_one = torch.stack([torch.autograd.functional.jacobian(f, a) for a in A])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(f))(A), one_by_one)
+    torch.testing.assert_close(torch.func.vmap(expm_skew, in_dims=2)(A.permute(1, 2, 0)), expm_skew(A))
+    hessian = torch.autograd.functional.hessian(f, A[0])
+    torch.testing.assert_close(torch.func.hessian(f)(A[0]), hessian)
+    jacobian = torch.func.jacrev(expm_skew)(A[0])
+    torch.testing.assert_close(torch.func.jacfwd(expm_skew)(A[0]), jacobian)
+
+
+def test_only_the_skew_part_is_read():
+    X = random(2, 4, 4, dtype=torch.complex128)
+    torch.testing.assert_close(expm_skew(X), expm_skew(skew(X)))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (4, 0, 0), (2, 0, 3, 3), (3, 3), (2, 1, 3, 4, 4)])
+def test_any_batch_shape(shape):
+    A = random(*shape).requires_grad_()
+    Q = expm_skew(A)
+    assert Q.shape == shape
+    Q.sum().backward()
+    assert A.grad.shape == shape
+
+
+def test_batches_are_split_without_a_trace():
+    A = skew_of_norm(5.0, 8, torch.complex64, batch=(3001,)).requires_grad_()
+    Q = expm_skew(A)
+    G = random(*Q.shape, dtype=A.dtype, seed=1)
+    (gradient,) = torch.autograd.grad(Q, A, G)
+    B = A.detach()[-5:].requires_grad_()
+    torch.testing.assert_close(expm_skew(B), Q[-5:])
+    torch.testing.assert_close(torch.autograd.grad(expm_skew(B), B, G[-5:])[0], gradient[-5:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(dtype):
+    A = skew_of_norm(3.0, 4, torch.float32).to(dtype)
+    assert torch.equal(expm_skew(A), expm_skew(A.float()).to(dtype))
+
+
+@pytest.mark.usefixtures("schedule")
+def test_what_is_not_finite_stays_visible():
+    A = torch.full((2, 3, 3), torch.nan)
+    assert expm_skew(A).isnan().all()
+    A = torch.zeros(2, 3, 3)
+    A[1, 0, 1] = torch.inf
+    assert expm_skew(A)[1].isnan().any()
+
+
+def test_a_norm_beyond_the_fixed_schedule_is_nan(monkeypatch):
+    monkeypatch.setattr(exponential, "_may_wait", lambda device: False)
+    assert expm_skew(skew_of_norm(1e6, 3, torch.float64)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("A", "error"),
+    [
+        (torch.ones(3, 3, dtype=torch.int64), TypeError),
+        ([[0.0]], TypeError),
+        (torch.ones(3, 4), ValueError),
+        (torch.ones(3), ValueError),
+    ],
+)
+def test_bad_input_is_named(A, error):
+    with pytest.raises(error, match="A should be"):
+        expm_skew(A)
+
+
+def test_operator_is_well_formed():
+    A = skew_of_norm(3.0, 4, torch.complex128).requires_grad_()
+    torch.library.opcheck(torch.ops.orthoconv_param.expm_skew, (A,))
+    torch.library.opcheck(torch.ops.orthoconv_param.expm_skew_vjp, (A.detach(), A.detach() * 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_compiles_without_a_graph_break(dtype):
+    A = (5 * random(5, 4, 4, dtype=dtype)).requires_grad_()
+    G = random(5, 4, 4, dtype=dtype, seed=1)
+    compiled = torch.compile(expm_skew, fullgraph=True, backend="aot_eager")
+    Q = compiled(A)
+    torch.testing.assert_close(Q, expm_skew(A))
+    torch.testing.assert_close(torch.autograd.grad(Q, A, G)[0], torch.autograd.grad(expm_skew(A), A, G)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_bound_is_one_and_is_close(dtype):
+    A = skew_of_norm(2.0, 32, dtype)
+    exact = torch.linalg.matrix_norm(A, 2)
+    bound = norm_bound(A)
+    assert (bound >= exact * (1 - 1e-6)).all()
+    assert (bound <= 1.3 * exact).all()
+
+
+def special_unitary(angles, dtype, seed=0):
+    """A unitary matrix with these angles; a real one has them in pairs."""
+    n = len(angles)
+    if dtype.is_complex:
+        V = torch.linalg.qr(random(n, n, dtype=dtype, seed=seed)).Q
+        return (V * torch.exp(1j * torch.tensor(angles, dtype=torch.float64))) @ V.mH
+    V = torch.linalg.qr(random(2 * n, 2 * n, dtype=dtype, seed=seed)).Q
+    A = torch.zeros(2 * n, 2 * n, dtype=dtype)
+    for i, angle in enumerate(angles):
+        A[2 * i, 2 * i + 1], A[2 * i + 1, 2 * i] = angle, -angle
+    return V @ torch.from_numpy(expm(A.numpy())) @ V.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(
+    "angles",
+    [
+        (0.0, 0.0),
+        (0.3, -1.2, 2.0),
+        (3.1, -3.1),
+        (3.14159, 3.0, 0.1),
+        (np.pi, 0.5, 0.0),
+        (np.pi, np.pi, -np.pi),
+        (np.pi - 1e-9, 1.0),
+        (np.pi - 1e-5, -(np.pi - 1e-5), np.pi, 2.2),
+    ],
+)
+def test_logarithm_inverts_the_exponential_up_to_pi(angles, dtype):
+    Q = torch.stack([special_unitary(angles, dtype, seed) for seed in range(3)])
+    L = log_unitary(Q)
+    assert L.dtype == dtype
+    torch.testing.assert_close(L, -L.mH)
+    assert torch.linalg.matrix_norm(L, 2).max() <= np.pi + 1e-7
+    torch.testing.assert_close(torch.linalg.matrix_exp(L), Q, atol=1e-7, rtol=0)
+
+
+def test_a_real_matrix_of_determinant_minus_one_has_no_logarithm():
+    with pytest.raises(ValueError, match="determinant -1"):
+        log_unitary(torch.diag(torch.tensor([1.0, -1.0, 1.0])))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 6)])
+def test_polar_frame_completes_the_polar_factor(shape):
+    X = random(2, *shape, dtype=torch.complex128)
+    frame = polar_frame(X)
+    eye = torch.eye(max(shape), dtype=X.dtype)
+    torch.testing.assert_close(frame.mH @ frame, eye.expand_as(frame))
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    torch.testing.assert_close(frame[..., : shape[0], : shape[1]], U @ Vh)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 6)])
+def test_refine_adds_precision_and_nothing_to_the_derivative(shape):
+    Q = polar_frame(random(*shape, dtype=torch.complex128))[: shape[0], : shape[1]].to(torch.complex64)
+    Q.requires_grad_()
+    R = refine(Q)
+    gram = R.mH @ R if shape[0] >= shape[1] else R @ R.mH
+    torch.testing.assert_close(gram, torch.eye(min(shape), dtype=R.dtype), atol=1e-12, rtol=0)
+    assert (R - Q).abs().max() < 1e-6
+    G = random(*shape, dtype=torch.complex128, seed=1)
+    assert torch.equal(torch.autograd.grad(R, Q, G)[0], G.to(Q.dtype))

@@ -1,0 +1,109 @@
+import geotorch
+import numpy as np
+import pytest
+import torch
+from oracles import defect, dense, random, skew
+from scipy.special import jv
+
+from orthoconv_param import expm_skew
+from orthoconv_param.lattice import Lattice
+from orthoconv_param.trivializations import _chebyshev_tails, cayley, degree, inverse, trivialization
+
+MAPS = ["expm", "cayley", geotorch.SO.trivializations["expm"], geotorch.SO.trivializations["cayley"]]
+
+
+@pytest.mark.parametrize("triv", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_maps_are_unitary_and_start_as_the_identity_does(triv, dtype):
+    apply = trivialization(triv)
+    A = skew(random(3, 5, 5, dtype=dtype))
+    Q = apply(A)
+    eye = torch.eye(5, dtype=dtype)
+    torch.testing.assert_close(Q.mH @ Q, eye.expand_as(Q))
+    h = 1e-5
+    torch.testing.assert_close((apply(h * A) - apply(-h * A)) / (2 * h), A, atol=1e-8, rtol=0)
+
+
+def test_cayley_is_the_formula():
+    A = skew(random(4, 4, dtype=torch.complex128))
+    eye = torch.eye(4, dtype=A.dtype)
+    torch.testing.assert_close(cayley(A), (eye + A / 2) @ torch.linalg.inv(eye - A / 2))
+
+
+@pytest.mark.parametrize("triv", ["expm", "cayley"])
+def test_inverse_undoes_the_map(triv):
+    A = skew(random(3, 4, 4, dtype=torch.complex128))
+    A = A / torch.linalg.matrix_norm(A, 2).amax() * 3
+    undo = inverse(triv)
+    torch.testing.assert_close(undo(trivialization(triv)(A)), A)
+    assert inverse(expm_skew) is None
+
+
+def test_cayley_does_not_reach_minus_one():
+    with pytest.raises(ValueError, match="eigenvalue -1"):
+        inverse("cayley")(-torch.eye(2, dtype=torch.float64))
+
+
+def test_an_unknown_name_lists_the_names():
+    with pytest.raises(ValueError, match=r"\['cayley', 'expm'\] or callable. Found 'exp'"):
+        trivialization("exp")
+    with pytest.raises(TypeError, match="callable"):
+        trivialization(3)
+
+
+@pytest.mark.parametrize("norm", [0.25, 1.0, 4.0, 20.0])
+def test_tails_of_the_exponential_are_those_of_the_bessel_functions(norm):
+    tails = _chebyshev_tails("expm", norm)[:30]
+    exact = [2 * np.abs(jv(np.arange(p + 1, p + 120), norm)).sum() for p in range(30)]
+    # the rounding of 64 values of modulus 1 is all that may differ
+    np.testing.assert_allclose(tails, exact, atol=1e-13)
+
+
+def antisymmetric(theta):
+    """One channel with spectrum ``i theta sin(w)``: the worst of its norm, ``exp`` has taps ``J_d``."""
+    return torch.tensor([-theta / 2, 0.0, theta / 2], dtype=torch.float64).reshape(1, 1, 3)
+
+
+def compact_defect(p, theta):
+    lattice = Lattice.of_degree(p, (3,), (1,), 1, False)
+    kernel = lattice.kernel(expm_skew(lattice.spectrum(antisymmetric(theta))))
+    return defect(dense(kernel, (128,)))
+
+
+def test_the_tail_alone_is_no_bound_and_with_lebesgues_constant_it_is():
+    """A compact kernel also interpolates between its torus's frequencies, which enlarges the tail."""
+    tol, norm = 2e-7, 1.0
+    tails = _chebyshev_tails("expm", norm)
+    p = int(np.argmax(tails <= tol))
+    assert tails[p] <= tol < compact_defect(p, norm)
+    bound = degree("expm", norm, tol, (3,), (1,))
+    assert bound == p + 1
+    assert compact_defect(bound, norm) <= tol
+
+
+@pytest.mark.parametrize("norm", [0.1, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("tol", [1e-3, 2e-7, 1e-11])
+def test_degree_bounds_the_worst_channel_and_is_not_wasteful(norm, tol):
+    p = degree("expm", norm, tol, (3,), (1,))
+    assert compact_defect(p, norm) <= tol
+    if p > 2:
+        assert compact_defect(p - 2, norm) > tol
+
+
+def test_kernels_at_torchs_initial_norms_have_the_taps_that_are_announced():
+    sizes = [2 * degree("expm", norm, 2e-7, (3, 3), (1, 1)) + 1 for norm in (0.25, 0.5, 1.0)]
+    assert sizes == [11, 13, 17]
+    assert 2 * degree("expm", 1.0, 1e-12, (3, 3), (1, 1)) + 1 == 25
+    # Cayley's map has a pole, and so decays only geometrically
+    assert degree("cayley", 4.0, 2e-7, (3,), (1,)) > 2 * degree("expm", 4.0, 2e-7, (3,), (1,))
+    assert degree(geotorch.SO.trivializations["cayley"], 1.0, 2e-7, (3,), (1,)) == degree(
+        "cayley", 1.0, 2e-7, (3,), (1,)
+    )
+
+
+def test_a_map_that_is_not_smooth_has_no_compact_kernel():
+    def jump(A):
+        return torch.where(A.imag > 0.3, 1j, 1.0 + 0j).to(A.dtype)
+
+    with pytest.raises(ValueError, match="has no compact kernel"):
+        degree(jump, 1.0, 2e-7, (3,), (1,))
