@@ -1,0 +1,31 @@
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+def test_code_runs_as_printed(code, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+    output = capsys.readouterr().out
+    shown = re.search(re.escape(code) + r"```\n\n```text\n(.*?)```", TEXT, re.DOTALL)
+    if not shown:
+        assert all(float(line.split()[1]) < 2e-7 for line in output.splitlines())
+        return
+    number = re.compile(r"\de[-+]\d+")
+    assert number.sub("#", output) == number.sub("#", shown[1])
+    for got, printed in zip(number.findall(output), number.findall(shown[1]), strict=True):
+        assert 0.2 < float(got) / float(printed) < 5  # rounding differs from machine to machine
+
+
+def test_commands_make_their_own_environment():
+    commands = re.findall(r"```bash\n(.*?)\n```", TEXT, re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        assert command.startswith("python -m venv .venv && .venv/bin/pip install torch==")
+        assert "\n" not in command
+    for script in re.findall(r"examples/\w+\.py", TEXT):
+        assert (ROOT / script).is_file()
