@@ -55,6 +55,7 @@ _POLYNOMIALS = {
     ),
 }
 _LARGEST_NORM = 1e4  # that the fixed schedule, for devices that must not be waited for, covers
+_POLISH_EVERY = 6  # squarings: 64 times the rounding error, which is then squared
 _CHUNK_BYTES = 2**19  # of one temporary: several fit in a core's cache
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -133,8 +134,10 @@ def norm_bound(A: Tensor) -> Tensor:
 
     ``norm(A^4, "fro")^(1/4)``, two products; 1.2 times the norm for random matrices of size 64.
     """
-    A2 = A @ A
-    return torch.linalg.matrix_norm(A2 @ A2) ** 0.25
+    # divided by the largest entry, so that no eighth power overflows
+    largest = A.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    A2 = (A / largest) @ (A / largest)
+    return torch.linalg.matrix_norm(A2 @ A2) ** 0.25 * largest[..., 0, 0]
 
 
 def log_unitary(Q: Tensor) -> Tensor:
@@ -264,8 +267,18 @@ def _scale(A: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...], int, Tensor | 
     return A * scale, A2 * scale**2, coefficients, most, counts
 
 
-def _square(Q: Tensor, count: Tensor | None) -> Tensor:
-    return Q @ Q if count is None else torch.where(count, Q @ Q, Q)
+def _squarings(Q: Tensor, s: int, counts: Tensor | None) -> list[Tensor]:
+    """``Q``, ``Q^2``, ``Q^4``, ... up to ``s`` squarings, of which a mask says which are to be made.
+
+    A squaring doubles the distance to the unitary group, so after each few of them it is squared.
+    """
+    chain = [Q]
+    for j in range(s):
+        Q = chain[-1] @ chain[-1]
+        if j % _POLISH_EVERY == _POLISH_EVERY - 1:
+            Q = _polish(Q)
+        chain.append(Q if counts is None else torch.where(counts[j], Q, chain[-1]))
+    return chain
 
 
 def _polish(Q: Tensor) -> Tensor:
@@ -281,21 +294,15 @@ def _polish(Q: Tensor) -> Tensor:
 
 def _expm_chunk(A: Tensor) -> Tensor:
     A, A2, coefficients, s, counts = _scale(skew(A))
-    Q = _evaluate(A, A2, coefficients)
-    for j in range(s):
-        Q = _square(Q, None if counts is None else counts[j])
-    if s <= 2:
-        return Q
-    return _polish(Q)  # a squaring doubles the distance to the unitary group
+    Q = _squarings(_evaluate(A, A2, coefficients), s, counts)[-1]
+    return Q if s <= 2 else _polish(Q)
 
 
 def _expm_vjp_chunk(A: Tensor, G: Tensor) -> Tensor:
     A, A2, coefficients, s, counts = _scale(skew(A))
     if s == 0:
         return skew(_evaluate_vjp(A, A2, coefficients, G))
-    chain = [_evaluate(A, A2, coefficients)]
-    for j in range(s):
-        chain.append(_square(chain[-1], None if counts is None else counts[j]))
+    chain = _squarings(_evaluate(A, A2, coefficients), s, counts)
     M = skew(chain[-1].mH @ G)
     for j in reversed(range(s)):
         Q = chain[j]

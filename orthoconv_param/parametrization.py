@@ -158,7 +158,8 @@ class ConvExponential(nn.Module):
         self.degree: int | None = None
         self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
         self._has_base = domain != "any" if base is None else base
-        # The base's spectrum, as real and imaginary parts: `Module.to` drops those of a complex buffer.
+        # The base's spectrum as real numbers, (groups, frequencies, 2 m^2): `Module.to` drops the imaginary
+        # part of complex buffers, and gives those of 4 or 5 axes a memory format.
         self.register_buffer("base", None)
         self.register_buffer("_reference", None, persistent=False)  # an empty tensor: dtype and device
 
@@ -206,7 +207,7 @@ class ConvExponential(nn.Module):
             Q = trivializations.trivialization(self.triv)(_square_skew(lattice.spectrum(kernel)))
             Q = Q[..., :rows, :columns]
             if self.base is not None:
-                base = torch.view_as_complex(self.base).to(Q.dtype)
+                base = _unpacked(self.base, max(rows, columns)).to(Q.dtype)
                 Q = base @ Q if rows >= columns else Q @ base
             if Q.dtype == torch.complex64 and 10 * error > tol:
                 Q = refine(Q)
@@ -228,7 +229,7 @@ class ConvExponential(nn.Module):
             ``(out, in/groups, *taps)``: the generator, of the dtype of ``W``.
 
         Raises:
-            TypeError: if ``W`` is not of a floating or complex dtype.
+            TypeError: if ``W`` is not of the registered dtype, or not of a floating or complex one.
             ValueError: if it is not finite, or of another size.
             geotorch.exceptions.InManifoldError: if it is to be orthogonal and is not, or if no generator
                 reaches it.
@@ -247,7 +248,7 @@ class ConvExponential(nn.Module):
         if check_in_manifold and not semi_orthogonal(spectrum, 1e-4):
             raise InManifoldError(W, self)
         if self._has_base:
-            base = torch.view_as_real(lattice.choose(polar_frame, spectrum))
+            base = _packed(lattice.choose(polar_frame, spectrum))
             if self.base is None:
                 self.base = base
             else:
@@ -388,7 +389,7 @@ class ConvExponential(nn.Module):
                 f"the weight should be of size {' or '.join(map(str, sorted(allowed)))}{note}. "
                 f"Found {tuple(W.shape)}"
             )
-        if self._reference is not None and W.is_complex() != self._reference.is_complex():
+        if self._reference is not None and W.dtype != self._reference.dtype:
             raise TypeError(f"the weight should be of dtype {self._reference.dtype}. Found {W.dtype}")
         if finite and not W.is_meta and not bool(torch.isfinite(W).all()):
             raise ValueError("the weight should be finite. Found nan or inf")
@@ -486,8 +487,8 @@ class ConvExponential(nn.Module):
             if torch.finfo(dtype).eps < torch.finfo(base.dtype).eps and not self.base.is_meta:
                 size, reference = self._registered()
                 lattice = self._lattice(size, reference.is_complex())
-                spectrum = torch.view_as_complex(self.base)
-                self.base = torch.view_as_real(lattice.choose(polar_frame, spectrum))
+                spectrum = _unpacked(self.base, max(lattice.blocks(size)))
+                self.base = _packed(lattice.choose(polar_frame, spectrum))
         if self.level is not None:
             self._in_flight = None
             self._set_level(self.level)  # the tolerance may have changed
@@ -541,6 +542,14 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _packed(spectrum: Tensor) -> Tensor:
+    return torch.view_as_real(spectrum.contiguous()).flatten(2)
+
+
+def _unpacked(base: Tensor, m: int) -> Tensor:
+    return torch.view_as_complex(base.unflatten(-1, (m, m, 2)))
 
 
 def _precise(X: Tensor) -> Tensor:

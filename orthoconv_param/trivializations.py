@@ -18,7 +18,7 @@ from .lattice import Lattice, Size
 
 Trivialization = Callable[[Tensor], Tensor]
 
-_LARGEST_DEGREE = 4096
+_LARGEST_DEGREE = 512  # a 3x3 generator's kernel then has 1025 x 1025 taps
 
 
 def cayley(A: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def degree(triv: str | Trivialization, norm: float, tol: float, taps: Size, stri
         ``(1 + lebesgue(p)) * sum_{q > p} |c_q| <= tol``.
 
     Raises:
-        ValueError: if no degree below 4096 does, as for a map with a discontinuity.
+        ValueError: if no degree below 512 does, as for a map with a discontinuity.
     """
     tails = _chebyshev_tails(triv, norm)
     for p in range(2, len(tails)):

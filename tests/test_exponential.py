@@ -137,6 +137,13 @@ def test_what_is_not_finite_stays_visible():
     assert expm_skew(A)[1].isnan().any()
 
 
+@pytest.mark.parametrize("norm", [1e4, 1e6, 1e8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unitarity_holds_where_values_have_no_digits_left(dtype, norm):
+    Q = expm_skew(skew_of_norm(norm, 5, dtype))
+    assert (Q.mH @ Q - torch.eye(5, dtype=dtype)).abs().max() <= 50 * torch.finfo(dtype).eps
+
+
 def test_a_norm_beyond_the_fixed_schedule_is_nan(monkeypatch):
     monkeypatch.setattr(exponential, "_may_wait", lambda device: False)
     assert expm_skew(skew_of_norm(1e6, 3, torch.float64)).isnan().all()

@@ -109,7 +109,8 @@ def test_base_multiplies_the_exponential(size):
     generator = random(*size, seed=1)
     with torch.no_grad():
         holder.parametrizations.weight.original.copy_(generator)
-    base = dense(lattice.kernel(torch.view_as_complex(parametrization.base)), (3,))
+    base = torch.view_as_complex(parametrization.base.unflatten(-1, (m, m, 2)))
+    base = dense(lattice.kernel(base), (3,))
     kernel = torch.nn.functional.pad(unpack(generator), (0, 0, 0, m - size[1], 0, m - size[0]))
     exponential = torch.from_numpy(expm(skew(dense(kernel, (3,))).numpy()))
     whole = base @ exponential if size[0] >= size[1] else exponential @ base
@@ -406,6 +407,24 @@ def test_taps_follow_the_norm_up_and_down_and_are_integers():
     assert sizes[4] == sizes[0]
     loose, _ = compact(3, (3,), 0.2, torch.float32, tol=1e-2)
     assert loose.weight.shape[-1] < sizes[0]
+
+
+@pytest.mark.parametrize("factor", [1e5, 1e12])
+def test_a_norm_that_no_compact_kernel_holds_is_an_error(factor):
+    holder, _ = compact(2, (3,), 0.5, torch.float32)
+    with torch.no_grad():
+        holder.parametrizations.weight.original.mul_(factor)
+    with pytest.raises(ValueError, match="has no compact kernel"):
+        holder.weight  # noqa: B018
+
+
+@pytest.mark.parametrize("domain", [None, 6, "any"])
+def test_memory_format_of_a_registered_module(domain):
+    conv = nn.Conv2d(3, 3, 3)
+    register_parametrization(conv, "weight", ConvExponential(domain), unsafe=True)
+    before = conv.weight.detach()
+    conv.to(memory_format=torch.channels_last)
+    assert torch.equal(conv.weight, before)
 
 
 def test_a_generator_that_is_not_finite_shows():
@@ -735,6 +754,7 @@ def test_assigning_what_does_not_fit_changes_nothing(domain):
         (ValueError, random(3, 3, 3)),
         (ValueError, random(3, 3, 3, 3) * torch.nan),
         (TypeError, random(3, 3, 3, 3, dtype=torch.complex128)),
+        (TypeError, random(3, 3, 3, 3, dtype=torch.float32)),
         (TypeError, torch.ones(3, 3, 3, 3, dtype=torch.int64)),
     ):
         with pytest.raises(error, match="the weight should be"):
