@@ -12,7 +12,7 @@ For a gradient ``G`` at ``Q``, let ``M = skew(Q^H G)``; the gradient at ``A`` is
 differentiated product by product. No eigenvalue gap ever appears in a denominator.
 """
 
-from math import ceil, inf, isfinite, log2, pi, prod
+from math import ceil, log2, pi, prod
 from typing import Any
 
 import torch
@@ -59,6 +59,21 @@ _POLISH_EVERY = 6  # squarings: 64 times the rounding error, which is then squar
 _CHUNK_BYTES = 2**19  # of one temporary: several fit in a core's cache
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+HALF = (torch.float16, torch.bfloat16)  # computed in single precision
+
+
+def check_dtype(name: str, X: Tensor) -> None:
+    """That a tensor is of a dtype that is computed with.
+
+    Raises:
+        TypeError: if it is not, or no tensor.
+    """
+    if not isinstance(X, Tensor) or X.dtype not in (*FLOATS, *HALF):
+        found = X.dtype if isinstance(X, Tensor) else type(X).__name__
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*FLOATS, *HALF))
+        raise TypeError(
+            f"{name} should be a tensor of a floating or complex dtype: {allowed}. Found {found}"
+        )
 
 
 def skew(X: Tensor) -> Tensor:
@@ -83,8 +98,9 @@ def expm_skew(A: Tensor) -> Tensor:
             computed in float32.
 
     Returns:
-        ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm. The error
-        of the values grows as ``eps * norm(A)``, as it must. Off the CPU nothing is waited for, and
+        ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm up to 1e9
+        (double precision: 1e70); beyond, and where ``A`` is not finite, that matrix is NaN. The error of
+        the values grows as ``eps * norm(A)``, as it must. Off the CPU nothing is waited for, and
         the cost is fixed: a norm above 1e4 there gives NaN.
 
     Raises:
@@ -111,9 +127,7 @@ def expm_skew(A: Tensor) -> Tensor:
         >>> SO.in_manifold(SO(torch.randn(4, 4)))
         True
     """
-    if not isinstance(A, Tensor) or not (A.is_floating_point() or A.is_complex()):
-        found = A.dtype if isinstance(A, Tensor) else type(A).__name__
-        raise TypeError(f"A should be a tensor of a floating or complex dtype. Found {found}")
+    check_dtype("A", A)
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
         raise ValueError(f"A should be square matrices (..., n, n). Found {tuple(A.shape)}")
     if A.dtype not in FLOATS:
@@ -252,14 +266,17 @@ def _scale(A: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...], int, Tensor | 
     radius, coefficients = _POLYNOMIALS[torch.empty(0, dtype=A.dtype).real.dtype]
     A2 = A @ A
     # norm(A)^2 = norm(A^2) <= norm(A^2, "fro"): within (n/8)^(1/4) for random matrices
-    bound = torch.linalg.matrix_norm(A2).amax().sqrt() / radius
+    bounds = torch.linalg.matrix_norm(A2).sqrt() / radius
+    finite = bounds.isfinite()
+    bound = torch.where(finite, bounds, 0).amax()
     if _may_wait(A.device):
         largest = bound.item()
-        s = ceil(log2(largest)) if 1 < largest < inf else 0
-        if not isfinite(largest):
-            A, A2 = A * torch.nan, A2 * torch.nan
+        s = ceil(log2(largest)) if largest > 1 else 0
+        if not bool(finite.all()):  # a bad matrix spoils no other
+            A, A2 = (torch.where(finite[..., None, None], X, torch.nan) for X in (A, A2))
         return A * 0.5**s, A2 * 0.25**s, coefficients, s, None
     most = ceil(log2(_LARGEST_NORM / radius))
+    A, A2 = (torch.where(finite[..., None, None], X, torch.nan) for X in (A, A2))
     steps = bound.clamp(min=1).log2().ceil()
     steps = torch.where(steps <= most, steps, torch.nan)
     counts = torch.arange(most, device=A.device) < steps
@@ -374,9 +391,8 @@ def _second_derivative(a: Tensor, X: Tensor, Y: Tensor, Z: Tensor) -> tuple[Tens
     return top[..., n : 2 * n], top[..., 3 * n :]
 
 
-def _align(tensors: tuple[Tensor, ...], dims: tuple[int | None, ...]) -> list[Tensor]:
-    """Moves the mapped dimension of each tensor first, and gives one to those that have none."""
-    size = next(x.shape[d] for x, d in zip(tensors, dims, strict=True) if d is not None)
+def align(tensors: tuple[Tensor, ...], dims: tuple[int | None, ...], size: int) -> list[Tensor]:
+    """Puts the dimension that ``vmap`` maps first in each tensor; those that have none get one."""
     return [
         x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
         for x, d in zip(tensors, dims, strict=True)
@@ -407,7 +423,7 @@ class _Expm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None], A: Tensor) -> tuple[Tensor, int]:
-        return _Expm.apply(*_align((A,), in_dims)), 0
+        return _Expm.apply(*align((A,), in_dims, info.batch_size)), 0
 
 
 class _ExpmVjp(torch.autograd.Function):
@@ -434,4 +450,4 @@ class _ExpmVjp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], A: Tensor, G: Tensor) -> tuple[Tensor, int]:
-        return _ExpmVjp.apply(*_align((A, G), in_dims)), 0
+        return _ExpmVjp.apply(*align((A, G), in_dims, info.batch_size)), 0

@@ -13,8 +13,8 @@ import torch
 from geotorch.exceptions import InManifoldError
 from torch import Tensor
 
-from . import exponential
-from .lattice import Lattice, Size, per_axis
+from . import exponential, spectral
+from .lattice import Lattice, Placement, Size, count, per_axis
 
 __all__ = [
     "adjoint",
@@ -24,6 +24,7 @@ __all__ = [
     "identity",
     "nearest_orthogonal",
     "skew",
+    "spectral_conv",
 ]
 
 
@@ -212,6 +213,70 @@ def nearest_orthogonal(
     return _apply(polar, kernel, domain, stride, groups, with_lattice=True)
 
 
+def spectral_conv(
+    x: Tensor,
+    kernel: Tensor,
+    *,
+    stride: int | Size = 1,
+    groups: int = 1,
+    dilation: int | Size = 1,
+    transposed: bool = False,
+) -> Tensor:
+    r"""The circular convolution of images, through the Fourier transform; its domain is theirs.
+
+    .. math:: y[o, q] = \sum_{i, d} w[o, i, d]\, x[i, s q + r (d - c)],
+              \qquad c = \lfloor (k - 1) / 2 \rfloor
+
+    What ``F.conv1d``, ``F.conv2d`` and ``F.conv3d`` compute of an image that repeats, for kernels of any
+    size; or of the transposed ones, the adjoint.
+
+    Args:
+        x: ``(batch, in, *domain)``; transposed, ``(batch, in, *domain / stride)``. Of the kernel's dtype.
+        kernel: ``(out, in/groups, *taps)``; transposed, ``(in, out/groups, *taps)``. Real or complex, in
+            single or double precision.
+        stride: of the convolution; divides the domain.
+        groups: of the convolution.
+        dilation: of the kernel.
+        transposed: whether this is a transposed convolution.
+
+    Returns:
+        ``(batch, out, *domain / stride)``; transposed, ``(batch, out, *domain)``. First and second
+        derivatives, forward mode and ``vmap`` work.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not describe such a convolution.
+
+    Cost: for each image the transforms of its channels, and one product of matrices ``out x in`` for each
+    frequency, however large the kernel.
+
+    Example:
+        >>> import torch
+        >>> from orthoconv_param import functional
+        >>> x, w = torch.randn(2, 4, 16, 16), torch.randn(8, 4, 3, 3)
+        >>> periodic = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        >>> y = torch.nn.functional.conv2d(periodic, w)
+        >>> torch.allclose(functional.spectral_conv(x, w), y, atol=1e-4)
+        True
+    """
+    exponential.check_dtype("kernel", kernel)
+    if kernel.dtype not in exponential.FLOATS:
+        raise TypeError(f"kernel should be in single or double precision. Found {kernel.dtype}")
+    axes = kernel.ndim - 2
+    strides, dilations = per_axis("stride", stride, axes), per_axis("dilation", dilation, axes)
+    channels = kernel.shape[0] if transposed else kernel.shape[1] * count("groups", groups)
+    exponential.check_dtype("x", x)
+    if x.ndim != axes + 2 or x.shape[1] != channels or x.dtype != kernel.dtype:
+        raise ValueError(
+            f"x should have {channels} channels, {axes} axes of space and dtype {kernel.dtype}. "
+            f"Found size {tuple(x.shape)} and {x.dtype}"
+        )
+    domain = tuple(n * s if transposed else n for n, s in zip(x.shape[2:], strides, strict=True))
+    size = (*kernel.shape[:2], *(1,) * axes)  # a larger kernel is folded, so only its channels have to fit
+    lattice = Lattice.of_kernel(size, kernel.is_complex(), domain, strides, groups)
+    spectrum = lattice.spectrum(kernel, Placement.centred(tuple(kernel.shape[2:]), dilations))
+    return spectral.spectral_conv(x, spectrum, lattice, transposed)
+
+
 def polar(spectrum: Tensor, lattice: Lattice) -> Tensor:
     """The polar factor at each frequency, one choice for each pair of them."""
     rows, columns = spectrum.shape[-2:]
@@ -226,12 +291,10 @@ def semi_orthogonal(spectrum: Tensor, eps: float) -> bool:
 
 
 def _lattice(kernel: Tensor, domain: int | Size | None, stride: int | Size, groups: int) -> Lattice:
-    if not isinstance(kernel, Tensor) or not (kernel.is_floating_point() or kernel.is_complex()):
-        found = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
-        raise TypeError(f"kernel should be a tensor of a floating or complex dtype. Found {found}")
+    exponential.check_dtype("kernel", kernel)
     if domain is not None and not isinstance(domain, (int, tuple, list)):
         raise TypeError(f"domain should be None, an integer or a tuple of them. Found {domain!r}")
-    (groups,) = per_axis("groups", groups, 1)
+    count("groups", groups)
     return Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, stride, groups)
 
 

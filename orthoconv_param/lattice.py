@@ -34,6 +34,50 @@ def centre(taps: int) -> int:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a kernel's taps stand: tap ``d`` multiplies the sample ``dilation * d - origin`` away.
+
+    Args:
+        dilation: of the kernel.
+        origin: how far before the output's position the first tap stands: the padding on that side.
+    """
+
+    dilation: Size
+    origin: Size
+
+    @classmethod
+    def centred(cls, taps: Size, dilation: Size | None = None) -> "Placement":
+        """The centre tap at the output's own position."""
+        dilation = dilation or (1,) * len(taps)
+        return cls(dilation, tuple(r * centre(k) for k, r in zip(taps, dilation, strict=True)))
+
+    def dilated(self, dilation: Size | None) -> "Placement":
+        """The taps further apart by these factors."""
+        if dilation is None:
+            return self
+        return Placement(
+            *(tuple(a * r for a, r in zip(x, dilation, strict=True)) for x in (self.dilation, self.origin))
+        )
+
+    def extent(self, taps: Size) -> Size:
+        """How many samples a kernel spans, from its first tap to its last."""
+        return tuple(r * (k - 1) + 1 for k, r in zip(taps, self.dilation, strict=True))
+
+    def after(self, taps: Size) -> Size:
+        """How far after the output's position the last tap stands: the padding on that side."""
+        return tuple(n - 1 - o for n, o in zip(self.extent(taps), self.origin, strict=True))
+
+    def reversed(self, taps: Size) -> "Placement":
+        """Of the kernel with its taps in reverse order, which stand on the other side of the origin."""
+        return Placement(self.dilation, self.after(taps))
+
+    def reach(self, taps: Size, stride: Size) -> Size:
+        """How far from its centre a kernel goes, in coarse points: the larger of the two sides."""
+        sides = zip(self.origin, self.after(taps), stride, strict=True)
+        return tuple(max(ceil(before / s), after // s) for before, after, s in sides)
+
+
+@dataclass(frozen=True)
 class Lattice:
     """A torus, and the kernels that act on it.
 
@@ -60,6 +104,7 @@ class Lattice:
         domain: int | Size | None = None,
         stride: int | Size = 1,
         groups: int = 1,
+        dilation: Size | None = None,
     ) -> "Lattice":
         """The torus for kernels of ``size = (out, in/groups, *taps)``; checks that they fit.
 
@@ -69,6 +114,7 @@ class Lattice:
             domain: as many numbers as the kernel has axes, or one for all; None: its own taps.
             stride: likewise.
             groups: of the convolution.
+            dilation: of the kernel.
 
         Raises:
             ValueError: if the kernel has no taps, does not fit into the domain, the stride
@@ -82,8 +128,10 @@ class Lattice:
         own = domain is None
         domain = taps if domain is None else per_axis("domain", domain, len(taps))
         stride = per_axis("stride", stride, len(taps))
-        if any(n < k for n, k in zip(domain, taps, strict=True)):
-            raise ValueError(f"domain should be at least the kernel's taps {taps}. Found {domain}")
+        extent = Placement.centred(taps, dilation).extent(taps)
+        if any(n < k for n, k in zip(domain, extent, strict=True)):
+            what = "taps" if extent == taps else "taps with their dilation,"
+            raise ValueError(f"domain should be at least the kernel's {what} {extent}. Found {domain}")
         if any(n % s for n, s in zip(domain, stride, strict=True)):
             which = f"the kernel's own grid {taps} (domain=None)" if own else f"domain={domain}"
             raise ValueError(f"{which} should be divisible by the stride. Found stride={stride}")
@@ -94,9 +142,9 @@ class Lattice:
         return cls(domain, stride, groups, is_complex)
 
     @classmethod
-    def of_degree(cls, degree: int, taps: Size, stride: Size, groups: int, is_complex: bool) -> "Lattice":
+    def of_degree(cls, degree: int, reach: Size, stride: Size, groups: int, is_complex: bool) -> "Lattice":
         """The smallest torus that holds a polynomial of ``degree`` in a kernel and its adjoint."""
-        domain = tuple(s * (2 * degree * r + 1) for s, r in zip(stride, reach(taps, stride), strict=True))
+        domain = tuple(s * (2 * degree * r + 1) for s, r in zip(stride, reach, strict=True))
         return cls(domain, stride, groups, is_complex, compact=True)
 
     @property
@@ -108,43 +156,71 @@ class Lattice:
     def taps(self) -> Size:
         """Taps of the kernels that `kernel` returns: one for each point of the domain.
 
-        A `compact` lattice has ``s - 2`` empty ones before them where the stride ``s`` is 3 or more,
-        which put the kernel's centre where "same" padding expects it.
+        A `compact` lattice has ``s - 1`` empty ones before them where the stride is ``s``: the
+        kernel then has an odd number of taps, its origin in the middle, as padding of ``K // 2`` expects.
         """
-        extra = (max(s - 2, 0) if self.compact else 0 for s in self.stride)
+        extra = (s - 1 if self.compact else 0 for s in self.stride)
         return tuple(n + e for n, e in zip(self.domain, extra, strict=True))
+
+    @property
+    def stored(self) -> Size:
+        """Size of the part of the Fourier grid that a spectrum holds."""
+        return self.grid if self.is_complex else half(self.grid)
 
     @property
     def frequencies(self) -> int:
         """How many frequencies a spectrum holds."""
-        return prod(self.grid if self.is_complex else half(self.grid))
+        return prod(self.stored)
 
     def blocks(self, kernel_size: Size) -> Size:
         """``(out/groups, in/groups * s^d)``: the size of a kernel's matrix at each frequency."""
         return kernel_size[0] // self.groups, kernel_size[1] * prod(self.stride)
 
-    def spectrum(self, kernel: Tensor) -> Tensor:
+    def phases(self, x: Tensor) -> Tensor:
+        """The polyphase components ``(batch, channels * s^d, *grid)`` of ``(batch, channels, *domain)``."""
+        d = len(self.domain)
+        if all(s == 1 for s in self.stride):
+            return x
+        for axis in reversed(range(2, d + 2)):  # each axis becomes (coarse, phase)
+            x = torch.unflatten(x, axis, (-1, self.stride[axis - 2]))
+        coarse, phase = range(2, 2 * d + 2, 2), range(3, 2 * d + 2, 2)
+        return x.permute(0, 1, *phase, *coarse).flatten(1, d + 1)
+
+    def interleave(self, phases: Tensor) -> Tensor:
+        """The inverse of `phases`."""
+        d = len(self.domain)
+        if all(s == 1 for s in self.stride):
+            return phases
+        phases = phases.unflatten(1, (-1, *self.stride))
+        order = [axis for i in range(2, d + 2) for axis in (i + d, i)]  # (coarse, phase) pairs
+        return phases.permute(0, 1, *order).reshape(*phases.shape[:2], *self.domain)
+
+    def spectrum(self, kernel: Tensor, placement: Placement | None = None) -> Tensor:
         """The operator's matrices, one per group and frequency.
 
         Args:
             kernel: ``(out, in/groups, *taps)``; with more taps than the domain has points it is
                 folded, taps summed modulo the size, which changes nothing of what it does there.
+            placement: where its taps stand. Default: centred.
 
         Returns:
             ``(groups, frequencies, out/groups, in/groups * s^d)``, complex.
         """
         d = len(self.domain)
         rows, columns = self.blocks(kernel.shape)
-        torus = _wrap(kernel, self.domain)
-        for axis in reversed(range(2, d + 2)):  # each axis becomes (coarse, phase)
-            torus = torch.unflatten(torus, axis, (-1, self.stride[axis - 2]))
-        coarse, phase = range(2, 2 * d + 2, 2), range(3, 2 * d + 2, 2)
-        phases = torus.permute(0, 1, *phase, *coarse).reshape(-1, columns, *self.grid)
-        axes = tuple(range(2, d + 2))
-        if self.is_complex:
-            spectrum = torch.fft.ifftn(phases, dim=axes, norm="forward")
+        taps, axes = tuple(kernel.shape[2:]), tuple(range(2, d + 2))
+        placement = placement or Placement.centred(taps)
+        if (
+            not self.is_complex and max(self.stride) == 1
+        ):  # to reverse a kernel costs less than to conjugate
+            torus = _wrap(kernel.flip(axes), self.domain, placement.reversed(taps))
+            spectrum = torch.fft.rfftn(torus, dim=axes)
         else:
-            spectrum = torch.fft.rfftn(phases, dim=axes).conj()
+            phases = self.phases(_wrap(kernel, self.domain, placement))
+            if self.is_complex:
+                spectrum = torch.fft.ifftn(phases, dim=axes, norm="forward")
+            else:
+                spectrum = torch.fft.rfftn(phases, dim=axes).conj()
         spectrum = spectrum.reshape(self.groups, rows, columns, self.frequencies)
         return spectrum.movedim(-1, 1).resolve_conj().contiguous()
 
@@ -152,15 +228,12 @@ class Lattice:
         """The inverse of `spectrum`: the kernel ``(out, in/groups, *taps)`` of these matrices."""
         d = len(self.domain)
         grid, axes = self.grid, tuple(range(2, d + 2))
-        frequencies = grid if self.is_complex else half(grid)
-        spectrum = spectrum.movedim(1, -1).flatten(0, 1).unflatten(-1, frequencies)
+        spectrum = spectrum.movedim(1, -1).flatten(0, 1).unflatten(-1, self.stored)
         if self.is_complex:
             phases = torch.fft.fftn(spectrum, dim=axes, norm="forward")
         else:
             phases = torch.fft.irfftn(spectrum.conj(), s=grid, dim=axes)
-        torus = phases.unflatten(1, (-1, *self.stride))
-        order = [axis for i in range(2, d + 2) for axis in (i + d, i)]  # (coarse, phase) pairs
-        torus = torus.permute(0, 1, *order).reshape(*torus.shape[:2], *self.domain)
+        torus = self.interleave(phases)
         if not self.compact:
             return torch.roll(torus, [centre(n) for n in self.domain], axes)
         origin = [s * centre(n) for n, s in zip(grid, self.stride, strict=True)]
@@ -204,20 +277,26 @@ def per_axis(name: str, value: int | Size, axes: int | None = None) -> Size:
     return numbers
 
 
+def count(name: str, value: int) -> int:
+    """A positive integer.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} should be an integer. Found {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} should be positive. Found {value!r}")
+    return value
+
+
 def half(grid: Size) -> Size:
     """Size of the half-spectrum that ``rfftn`` keeps on a ``grid``."""
     return (*grid[:-1], grid[-1] // 2 + 1)
 
 
-def reach(taps: Size, stride: Size) -> Size:
-    """How far from its centre a kernel goes, in coarse points: the larger of the two sides."""
-    return tuple(
-        max(-(-centre(k) // s), (k - 1 - centre(k)) // s) for k, s in zip(taps, stride, strict=True)
-    )
-
-
-def sampling(taps: Size, stride: Size) -> tuple[Size, float]:
-    """A coarse grid that sees the norm of a kernel's spectrum at *all* frequencies.
+def sampling(reach: Size) -> tuple[Size, float]:
+    """A coarse grid that sees the norm of the spectrum of a kernel of ``reach`` at *all* frequencies.
 
     A real trigonometric polynomial of degree ``r`` is at most ``1 / cos(pi r / n)`` times its
     maximum over ``n > 2 r`` equispaced points (near its maximum it lies above a cosine of
@@ -226,9 +305,8 @@ def sampling(taps: Size, stride: Size) -> tuple[Size, float]:
     Returns:
         The grid, and the factor by which the maximum over its frequencies is to be multiplied.
     """
-    radii = reach(taps, stride)
-    grid = tuple(8 * r + 1 for r in radii)
-    return grid, 1 / prod(cos(pi * r / n) for r, n in zip(radii, grid, strict=True))
+    grid = tuple(8 * r + 1 for r in reach)
+    return grid, 1 / prod(cos(pi * r / n) for r, n in zip(reach, grid, strict=True))
 
 
 def pack(kernel: Tensor) -> Tensor:
@@ -259,15 +337,28 @@ def _hartley(x: Tensor) -> Tensor:
     return f.real - f.imag  # its own inverse
 
 
-def _wrap(kernel: Tensor, domain: Size) -> Tensor:
-    """Embeds or folds a kernel into a torus, its centre at the origin."""
-    taps = kernel.shape[2:]
-    padding = [p for k, n in zip(taps, domain, strict=True) for p in (ceil(k / n) * n - k, 0)]
-    kernel = F.pad(kernel, padding[::-1]) if any(padding) else kernel
-    for axis, (k, n) in enumerate(zip(taps, domain, strict=True), start=2):
+def fold(kernel: Tensor, domain: Size, dilation: Size) -> Tensor:
+    """The same convolution on a torus, by a centred kernel with a tap for each of its points."""
+    torus = _wrap(kernel, domain, Placement.centred(tuple(kernel.shape[2:]), dilation))
+    return torch.roll(torus, [centre(n) for n in domain], tuple(range(2, kernel.ndim)))
+
+
+def _wrap(kernel: Tensor, domain: Size, placement: Placement) -> Tensor:
+    """Embeds or folds a kernel into a torus, its origin at the torus's own."""
+    axes = zip(domain, placement.dilation, placement.origin, strict=True)
+    for axis, (n, r, origin) in enumerate(axes, start=2):
+        after = (0, 0) * (kernel.ndim - axis - 1)  # for `pad`, which begins with the last axis
+        if r > 1:  # zeros between the taps
+            kernel = F.pad(kernel.unsqueeze(axis + 1), (*after, 0, r - 1)).flatten(axis, axis + 1)
+        k = kernel.shape[axis]
         if k > n:
-            kernel = kernel.unflatten(axis, (-1, n)).sum(axis)
-    return torch.roll(kernel, [-centre(k) for k in taps], tuple(range(2, kernel.ndim)))
+            kernel = F.pad(kernel, (*after, 0, ceil(k / n) * n - k)).unflatten(axis, (-1, n)).sum(axis)
+            kernel = torch.roll(kernel, -origin, axis)
+        else:
+            before, rest = kernel.narrow(axis, 0, origin), kernel.narrow(axis, origin, k - origin)
+            gap = kernel.new_zeros(*kernel.shape[:axis], n - k, *kernel.shape[axis + 1 :])
+            kernel = torch.cat([rest, gap, before], axis)
+    return kernel
 
 
 @lru_cache(maxsize=64)

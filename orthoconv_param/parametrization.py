@@ -11,7 +11,7 @@ at each frequency. ``exp`` may be another map from skew to unitary matrices.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from math import ceil, isfinite, log2
+from math import ceil, inf, isfinite, log2
 from typing import Any, Literal
 
 import torch
@@ -21,16 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import trivializations
-from .exponential import FLOATS, norm_bound, polar_frame, refine, skew
+from .exponential import HALF, check_dtype, norm_bound, polar_frame, refine, skew
 from .functional import identity, polar, semi_orthogonal
-from .lattice import Lattice, Size, pack, per_axis, sampling, unpack
+from .lattice import Lattice, Placement, Size, count, pack, per_axis, sampling, unpack
 
 # Norms are rounded up to these many levels per octave, so that K changes rarely, and below the
 # smallest of them K stays, so that derivatives at zero are as exact as values.
 _LEVELS_PER_OCTAVE = 4
 _SMALLEST_LEVEL = 0.25
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class ConvExponential(nn.Module):
@@ -126,9 +124,9 @@ class ConvExponential(nn.Module):
         elif domain is not None:
             per_axis("domain", domain)
         per_axis("stride", stride)
-        per_axis("groups", groups, 1)
+        count("groups", groups)
         trivializations.trivialization(triv)
-        if base not in (None, True, False):
+        if not (base is None or isinstance(base, bool)):
             raise TypeError(f"base should be None, True or False. Found {base!r}")
         if base and domain == "any":
             raise ValueError('base should be None or False with domain="any", which has no base')
@@ -144,7 +142,7 @@ class ConvExponential(nn.Module):
             )
         if tol is not None and domain != "any":
             raise ValueError('tol should be None unless domain="any": elsewhere nothing is truncated')
-        if tol is not None and not 0 < tol < 1:
+        if tol is not None and not (isinstance(tol, float) and 0 < tol < 1):
             raise ValueError(f"tol should be between 0 and 1. Found {tol!r}")
 
         self.domain = tuple(domain) if isinstance(domain, list) else domain
@@ -152,6 +150,9 @@ class ConvExponential(nn.Module):
         self.groups = groups
         self.triv = triv
         self.tol = tol
+        self.placement: Placement | None = (
+            None  # of the generator's taps, if not centred: `orthogonal` sets it
+        )
         self.size: Size | None = None  # of the generator, once registered
         # With domain="any": the generator's norm, rounded up, and the compact kernel's degree for it.
         self.level: float | None = None
@@ -170,8 +171,7 @@ class ConvExponential(nn.Module):
         Raises:
             RuntimeError: before registration.
         """
-        size, reference = self._registered()
-        return self._lattice(size, reference.is_complex()).taps
+        return self._weight_size()[2:]
 
     def forward(self, X: Tensor) -> Tensor:
         """The orthogonal kernel of a generator.
@@ -186,32 +186,69 @@ class ConvExponential(nn.Module):
         Raises:
             ValueError: if the generator is not of the size that was registered.
         """
+        lattice, Q = self.spectrum(X)
+        with no_autocast(X.device.type):
+            return lattice.kernel(Q).to(X.dtype)
+
+    def spectrum(
+        self, X: Tensor, domain: Size | None = None, dilation: Size | None = None
+    ) -> tuple[Lattice, Tensor]:
+        """The matrices of the orthogonal kernel of a generator, and the lattice on which they are.
+
+        That is the weight's own lattice. With ``domain="any"`` images may be so small that their own
+        has no more frequencies: then it is that of the images, where nothing is truncated either.
+
+        Args:
+            X: the generator, ``(out, in/groups, *taps)``.
+            domain: of the images, for ``domain="any"``.
+            dilation: with which the compact kernel is applied to them.
+
+        Returns:
+            The lattice, and ``(groups, frequencies, out/groups, in/groups * s^d)``, complex, in
+            single precision at least.
+
+        Raises:
+            ValueError: if the generator is not of the size that was registered.
+        """
         if self.size is None:  # stacked on another parametrization: nothing was inverted here
             self._adopt(X)
         elif X.shape != self.size:
             raise ValueError(f"the generator should be of size {tuple(self.size)}. Found {tuple(X.shape)}")
-        with _no_autocast(X.device.type):
+        with no_autocast(X.device.type):
             kernel = unpack(_precise(X))
+            tol = 1.0
             if self.domain == "any":
                 self._follow_norm(kernel)
-            lattice = self._lattice(X.shape, X.is_complex())
+                tol = self._tolerance()
+            lattice, placement = self._lattice(X.shape, X.is_complex()), self.placement
+            if domain is not None and self.domain == "any":
+                images = Lattice(domain, lattice.stride, self.groups, X.is_complex())
+                # dilation then permutes the phases of a stride, which makes another generator
+                permuted = dilation is not None and max(dilation) > 1 and max(lattice.stride) > 1
+                if self.fits(images) and not permuted:
+                    lattice, tol = images, 1.0
+                    placement = (placement or Placement.centred(X.shape[2:])).dilated(dilation)
             # Note [rounding below tol]
             # A compact kernel also has to be orthogonal between the frequencies of its torus, where
             # rounding shows more: 1e-6 at single precision. Exact products after a single precision
             # exponential leave eps * norm, and double precision throughout nothing to speak of.
             error = torch.finfo(kernel.dtype).eps
-            tol = self._tolerance() if self.domain == "any" else 1.0
             if error * (self.level or 0) > tol:
                 kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float64))
             rows, columns = lattice.blocks(X.shape)
-            Q = trivializations.trivialization(self.triv)(_square_skew(lattice.spectrum(kernel)))
-            Q = Q[..., :rows, :columns]
+            A = _square_skew(lattice.spectrum(kernel, placement))
+            Q = trivializations.trivialization(self.triv)(A)[..., :rows, :columns]
             if self.base is not None:
                 base = _unpacked(self.base, max(rows, columns)).to(Q.dtype)
                 Q = base @ Q if rows >= columns else Q @ base
             if Q.dtype == torch.complex64 and 10 * error > tol:
                 Q = refine(Q)
-            return lattice.kernel(Q).to(X.dtype)
+            return lattice, Q
+
+    def fits(self, images: Lattice) -> bool:
+        """Whether images have no more frequencies than the torus of the compact kernel, nor it just one."""
+        size, reference = self._registered()
+        return 1 < self._lattice(size, reference.is_complex()).frequencies >= images.frequencies
 
     @torch.no_grad()
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
@@ -236,6 +273,8 @@ class ConvExponential(nn.Module):
         """
         self._check(W)
         size = W.shape if self.size is None else self.size
+        # A generator's taps stand where it says; a kernel that was read from the weight is centred.
+        placement = self.placement if self.size is None or W.shape != self._weight_size() else None
         if self.domain == "any":
             if check_in_manifold:
                 raise ValueError('check_in_manifold should be False with domain="any": W is a generator')
@@ -244,7 +283,7 @@ class ConvExponential(nn.Module):
             self._follow_norm(_precise(W))
             return generator
         lattice = self._lattice(size, W.is_complex())
-        spectrum = lattice.spectrum(_precise(W))
+        spectrum = lattice.spectrum(_precise(W), placement)
         if check_in_manifold and not semi_orthogonal(spectrum, 1e-4):
             raise InManifoldError(W, self)
         if self._has_base:
@@ -343,14 +382,24 @@ class ConvExponential(nn.Module):
 
     def _lattice(self, size: Size, is_complex: bool) -> Lattice:
         if self.domain != "any":
-            return Lattice.of_kernel(size, is_complex, self.domain, self.stride, self.groups)
-        taps = tuple(size[2:])
-        stride = per_axis("stride", self.stride, len(taps))
+            dilation = None if self.placement is None else self.placement.dilation
+            return Lattice.of_kernel(size, is_complex, self.domain, self.stride, self.groups, dilation)
         if self.degree is None:
             raise RuntimeError(
                 'K is not known: with domain="any", call the module once outside of torch.compile and vmap'
             )
-        return Lattice.of_degree(self.degree, taps, stride, self.groups, is_complex)
+        reach, stride = self._reach(size)
+        return Lattice.of_degree(self.degree, reach, stride, self.groups, is_complex)
+
+    def _reach(self, size: Size) -> tuple[Size, Size]:
+        """The reach of a generator of that size, and the stride on each axis."""
+        taps = tuple(size[2:])
+        stride = per_axis("stride", self.stride, len(taps))
+        return (self.placement or Placement.centred(taps)).reach(taps, stride), stride
+
+    def _weight_size(self) -> Size:
+        size, reference = self._registered()
+        return (*size[:2], *self._lattice(size, reference.is_complex()).taps)
 
     def _registered(self) -> tuple[Size, Tensor]:
         if self.size is None or self._reference is None:
@@ -367,17 +416,15 @@ class ConvExponential(nn.Module):
 
     def _check(self, W: Tensor, finite: bool = True) -> None:
         """Raises what is wrong with a weight, before anything is changed."""
-        if not isinstance(W, Tensor) or W.dtype not in (*FLOATS, *_HALF):
-            found = W.dtype if isinstance(W, Tensor) else type(W).__name__
-            raise TypeError(f"the weight should be of a floating or complex dtype. Found {found}")
+        check_dtype("the weight", W)
         size = W.shape if self.size is None else self.size
         if self.domain == "any":
             # its own lattice is any; this one is for the checks of groups and channels
-            per_axis("stride", self.stride, len(size) - 2)
             lattice = Lattice.of_kernel(size, W.is_complex(), None, 1, self.groups)
+            per_axis("stride", self.stride, len(size) - 2)
             allowed = {tuple(size)}
         else:
-            lattice = Lattice.of_kernel(size, W.is_complex(), self.domain, self.stride, self.groups)
+            lattice = self._lattice(size, W.is_complex())
             allowed = {tuple(size), (*size[:2], *lattice.domain)}
         if tuple(W.shape) not in allowed:
             note = (
@@ -410,17 +457,15 @@ class ConvExponential(nn.Module):
         return pack(lattice.kernel(A)).to(W.dtype)
 
     def _set_level(self, level: float) -> None:
-        taps = tuple(self._registered()[0][2:])
-        stride = per_axis("stride", self.stride, len(taps))
-        tol = self._tolerance()
-        self.degree = trivializations.degree(self.triv, level, tol, taps, stride)
+        reach, _ = self._reach(self._registered()[0])
+        self.degree = trivializations.degree(self.triv, level, self._tolerance(), reach)
         self.level = level
 
     def _tolerance(self) -> float:
         dtype = self._registered()[1].dtype
         if self.tol is not None:
             return self.tol
-        if dtype in _HALF:
+        if dtype in HALF:
             return 1e-4
         return 1e-12 if dtype in (torch.float64, torch.complex128) else 2e-7
 
@@ -434,20 +479,22 @@ class ConvExponential(nn.Module):
         if kernel.is_meta:
             self._set_level(self.level or _SMALLEST_LEVEL)
             return
-        taps = tuple(kernel.shape[2:])
-        stride = per_axis("stride", self.stride, len(taps))
-        points, factor = sampling(taps, stride)
+        reach, stride = self._reach(kernel.shape)
+        points, factor = sampling(reach)
         with torch.no_grad():
-            lattice = Lattice(taps, stride, self.groups, kernel.is_complex()).resolution(points)
-            bound = norm_bound(_square_skew(lattice.spectrum(kernel.detach()))).amax() * factor
+            lattice = Lattice(points, stride, self.groups, kernel.is_complex()).resolution(points)
+            spectrum = lattice.spectrum(kernel.detach(), self.placement)
+            bound = norm_bound(_square_skew(spectrum)).amax() * factor
             try:
                 norm = self._read(bound)
             except RuntimeError:  # vmap
                 return
-        if norm is None or not isfinite(norm):
+        if norm is None or (not isfinite(norm) and self.degree is not None):
             return  # not there yet, or a generator that is not finite: its kernel says so
         level = _SMALLEST_LEVEL
-        if norm > level:
+        if not isfinite(norm):
+            level = inf
+        elif norm > level:
             level = 2 ** (ceil(_LEVELS_PER_OCTAVE * log2(norm)) / _LEVELS_PER_OCTAVE)
         if level != self.level:
             self._set_level(level)
@@ -537,9 +584,9 @@ def _square_skew(spectrum: Tensor) -> Tensor:
     return skew(F.pad(spectrum, (0, m - columns, 0, m - rows)))
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Real products are not to be taken to half precision."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -553,7 +600,7 @@ def _unpacked(base: Tensor, m: int) -> Tensor:
 
 
 def _precise(X: Tensor) -> Tensor:
-    return X.float() if X.dtype in _HALF else X
+    return X.float() if X.dtype in HALF else X
 
 
 def _haar(like: Tensor) -> Tensor:

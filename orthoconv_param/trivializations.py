@@ -67,10 +67,10 @@ def name(triv: str | Trivialization) -> str:
     return triv if isinstance(triv, str) else getattr(triv, "__name__", type(triv).__name__)
 
 
-def degree(triv: str | Trivialization, norm: float, tol: float, taps: Size, stride: Size) -> int:
+def degree(triv: str | Trivialization, norm: float, tol: float, reach: Size) -> int:
     """The degree ``p`` at which a compact kernel is as good as ``triv`` of the generator, to ``tol``.
 
-    On the torus that holds degree ``p``, ``triv`` of a generator with spectrum in
+    On the torus that holds degree ``p`` in a kernel of ``reach``, ``triv`` of a generator with spectrum in
     ``i [-norm, norm]`` differs from a kernel with all its taps there by at most the sum
     of the Chebyshev coefficients above ``p``. Reading it as a compact kernel interpolates that rest
     between the torus's frequencies, which multiplies it by at most Lebesgue's constant.
@@ -81,9 +81,10 @@ def degree(triv: str | Trivialization, norm: float, tol: float, taps: Size, stri
     Raises:
         ValueError: if no degree below 512 does, as for a map with a discontinuity.
     """
-    tails = _chebyshev_tails(triv, norm)
+    # more than so many oscillations no polynomial of a lesser degree follows
+    tails = _chebyshev_tails(triv, norm) if norm < 2 * _LARGEST_DEGREE else ()
     for p in range(2, len(tails)):
-        if tails[p] <= tol and tails[p] * (1 + _lebesgue(p, taps, stride)) <= tol:
+        if tails[p] <= tol and tails[p] * (1 + _lebesgue(p, reach)) <= tol:
             return p
     raise ValueError(
         f"triv={name(triv)!r} of a generator of norm {norm:.3g} has no compact kernel to tol={tol:.1e}: "
@@ -91,9 +92,9 @@ def degree(triv: str | Trivialization, norm: float, tol: float, taps: Size, stri
     )
 
 
-def _lebesgue(degree: int, taps: Size, stride: Size) -> float:
+def _lebesgue(degree: int, reach: Size) -> float:
     """Norm of the interpolation by trigonometric polynomials on the torus of that degree."""
-    grid = Lattice.of_degree(degree, taps, stride, 1, False).grid
+    grid = Lattice.of_degree(degree, reach, (1,) * len(reach), 1, False).grid
     return prod(float(np.mean(1 / np.sin(np.pi * (np.arange(n) + 0.5) / n))) for n in grid)
 
 

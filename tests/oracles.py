@@ -8,24 +8,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def periodic(x: Tensor, kernel: Tensor, stride: tuple[int, ...], groups: int) -> Tensor:
-    """torch's own convolution of an image that repeats, the kernel centred at ``(k - 1) // 2``."""
+def periodic(
+    x: Tensor,
+    kernel: Tensor,
+    stride: tuple[int, ...],
+    groups: int = 1,
+    dilation: tuple[int, ...] | None = None,
+    before: tuple[int, ...] | None = None,
+) -> Tensor:
+    """torch's own convolution of an image that repeats.
+
+    The first tap stands ``before`` samples before the output's position: by default, the kernel is
+    centred at ``(k - 1) // 2``.
+    """
     taps, domain = kernel.shape[2:], x.shape[2:]
-    for axis, (k, n) in enumerate(zip(taps, domain, strict=True), start=2):
-        positions = torch.arange(-((k - 1) // 2), n - (k - 1) // 2 + k - 1) % n
-        x = x.index_select(axis, positions)
+    dilation = dilation or (1,) * len(taps)
+    before = before or tuple(r * ((k - 1) // 2) for k, r in zip(taps, dilation, strict=True))
+    axes = zip(taps, domain, dilation, before, strict=True)
+    for axis, (k, n, r, b) in enumerate(axes, start=2):
+        x = x.index_select(axis, torch.arange(-b, n - b + r * (k - 1)) % n)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(taps) - 1]
-    return convolve(x, kernel, stride=stride, groups=groups)
+    return convolve(x, kernel, stride=stride, groups=groups, dilation=dilation)
 
 
 def dense(
-    kernel: Tensor, domain: tuple[int, ...], stride: tuple[int, ...] | None = None, groups: int = 1
+    kernel: Tensor,
+    domain: tuple[int, ...],
+    stride: tuple[int, ...] | None = None,
+    groups: int = 1,
+    dilation: tuple[int, ...] | None = None,
+    before: tuple[int, ...] | None = None,
 ) -> Tensor:
     """The operator's matrix, from ``in * prod(domain)`` numbers to ``out * prod(domain / stride)``."""
     stride = stride or (1,) * len(domain)
     columns = kernel.shape[1] * groups * int(np.prod(domain))
     eye = torch.eye(columns, dtype=kernel.dtype).reshape(columns, -1, *domain)
-    return periodic(eye, kernel, stride, groups).reshape(columns, -1).mT
+    return periodic(eye, kernel, stride, groups, dilation, before).reshape(columns, -1).mT
+
+
+def operator(module: torch.nn.Module, domain: tuple[int, ...]) -> Tensor:
+    """The matrix of what a module does, its bias aside: the identity pushed through its own forward."""
+    size = domain
+    if module.transposed:
+        size = tuple(n // s for n, s in zip(domain, module.stride, strict=True))
+    dtype = module.bias.dtype if module.bias is not None else next(module.parameters()).dtype
+    eye = torch.eye(module.in_channels * int(np.prod(size)), dtype=dtype)
+    with torch.no_grad():
+        images = module(eye.reshape(len(eye), -1, *size))
+        return (images - module(torch.zeros(1, module.in_channels, *size, dtype=dtype))).flatten(1).mT
 
 
 def phases_first(channels: int, domain: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:

@@ -153,6 +153,7 @@ def test_a_norm_beyond_the_fixed_schedule_is_nan(monkeypatch):
     ("A", "error"),
     [
         (torch.ones(3, 3, dtype=torch.int64), TypeError),
+        (torch.ones(3, 3).to(torch.float8_e4m3fn), TypeError),
         ([[0.0]], TypeError),
         (torch.ones(3, 4), ValueError),
         (torch.ones(3), ValueError),
@@ -249,3 +250,17 @@ def test_refine_adds_precision_and_nothing_to_the_derivative(shape):
     assert (R - Q).abs().max() < 1e-6
     G = random(*shape, dtype=torch.complex128, seed=1)
     assert torch.equal(torch.autograd.grad(R, Q, G)[0], G.to(Q.dtype))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_matrix_spoils_no_other(bad):
+    A = random(3, 4, 4).requires_grad_()
+    alone = expm_skew(A.detach()[1:])
+    with torch.no_grad():
+        A[0, 0, 1] = bad
+    Q = expm_skew(A)
+    assert Q[0].isnan().any()
+    torch.testing.assert_close(Q[1:], alone)
+    (gradient,) = torch.autograd.grad(Q[1:].sum(), A)
+    assert gradient[1:].isfinite().all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import dense, hartley, phases_first, random
 
-from orthoconv_param.lattice import Lattice, centre, pack, per_axis, reach, sampling, unpack
+from orthoconv_param.lattice import Lattice, Placement, centre, pack, per_axis, sampling, unpack
 
 GEOMETRIES = [  # channels out, in, taps, domain, stride, groups
     (2, 3, (3,), (8,), (1,), 1),
@@ -77,9 +77,11 @@ def test_a_complex_spectrum_is_not_the_conjugate_of_fftn():
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 5])
 def test_a_compact_kernel_is_centred_for_every_stride(taps, stride):
     kernel = random(2, 1, taps)
-    lattice = Lattice.of_degree(1, (taps,), (stride,), 1, False)
+    reach = Placement.centred((taps,)).reach((taps,), (stride,))
+    lattice = Lattice.of_degree(1, reach, (stride,), 1, False)
     compact = lattice.kernel(lattice.spectrum(kernel))
     assert compact.shape[2:] == lattice.taps
+    assert compact.shape[-1] % 2 == 1
     for n in (stride * 7, stride * 40):
         torch.testing.assert_close(dense(compact, (n,), (stride,)), dense(kernel, (n,), (stride,)))
 
@@ -110,7 +112,7 @@ def test_choose_is_made_once_for_each_pair_and_is_real_where_it_must(grid):
 @pytest.mark.parametrize("taps", [(3,), (4, 3), (5, 1, 2)])
 def test_sampling_bounds_the_maximum_over_all_frequencies(taps):
     stride = (1,) * len(taps)
-    grid, factor = sampling(taps, stride)
+    grid, factor = sampling(Placement.centred(taps).reach(taps, stride))
     for seed in range(20):
         kernel = random(1, 1, *taps, seed=seed)
         values = [
@@ -125,8 +127,14 @@ def test_sampling_bounds_the_maximum_over_all_frequencies(taps):
 def test_reach_is_the_larger_side_in_coarse_points():
     assert centre(3) == 1
     assert centre(4) == 1
-    assert reach((1, 2, 3, 4, 5), (1,) * 5) == (0, 1, 1, 2, 2)
-    assert reach((1, 2, 3, 4, 7), (2,) * 5) == (0, 0, 1, 1, 2)
+    for taps, stride, reach in (
+        ((1, 2, 3, 4, 5), (1,) * 5, (0, 1, 1, 2, 2)),
+        ((1, 2, 3, 4, 7), (2,) * 5, (0, 0, 1, 1, 2)),
+    ):
+        assert Placement.centred(taps).reach(taps, stride) == reach
+    # patches: their first tap at the output's own position, they reach nowhere
+    assert Placement((1, 1), (0, 0)).reach((3, 4), (3, 4)) == (0, 0)
+    assert Placement((2,), (3,)).reach((4,), (1,)) == (3,)
 
 
 @pytest.mark.parametrize(

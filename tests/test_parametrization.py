@@ -427,6 +427,16 @@ def test_memory_format_of_a_registered_module(domain):
     assert torch.equal(conv.weight, before)
 
 
+@pytest.mark.parametrize("size", [1e18, 1e28, 1e37, 3e38])
+def test_huge_weights_have_no_compact_kernel(size):
+    conv = nn.Conv1d(2, 2, 3)
+    with torch.no_grad():
+        conv.weight.fill_(0)[0, 1, 0] = size
+    with pytest.raises(ValueError, match="has no compact kernel"):
+        register_parametrization(conv, "weight", ConvExponential("any"), unsafe=True)
+    assert not is_parametrized(conv)
+
+
 def test_a_generator_that_is_not_finite_shows():
     holder, _ = compact(2, (3,), 0.5, torch.float32)
     with torch.no_grad():
@@ -699,6 +709,9 @@ def test_repr_says_what_it_is():
         (ValueError, {"stride": 0}, "stride should be positive"),
         (TypeError, {"groups": 1.0}, "groups should be an integer"),
         (ValueError, {"groups": -1}, "groups should be positive"),
+        (TypeError, {"groups": (2,)}, "groups should be an integer"),
+        (TypeError, {"base": torch.zeros(2)}, "base should be None, True or False"),
+        (ValueError, {"domain": "any", "tol": "small"}, "tol should be between"),
         (ValueError, {"triv": "exp"}, r"triv should be one of \['cayley', 'expm'\]"),
         (TypeError, {"triv": 1}, "triv should be one of"),
         (TypeError, {"base": "yes"}, "base should be None, True or False"),

@@ -1,0 +1,301 @@
+r"""Circular convolution through the Fourier transform, with its derivatives.
+
+With ``x^(v)`` the transform of an image's polyphase components, a convolution on a torus is one product
+``y^(v) = M(v) x^(v)`` for each coarse frequency, and its adjoint ``x^(v) = M(v)^H y^(v)``. Three maps are
+all there is to its derivatives of every order, since they are the partial derivatives of one trilinear form
+``t(y, x, M) = <y, M x>``:
+
+    apply(x, M) = dt/dy,      adjoint(y, M) = dt/dx,      outer(y, x) = dt/dM,  y^ x^^H at each frequency.
+
+So the gradient of any of them is made of the other two.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exponential import align
+from .lattice import Lattice
+
+# Transforms are made in pieces of a batch: what one step writes the next reads from the cache, and its
+# memory is used again. Of at least 16 images: once transposed, neighbours then fill two cache lines.
+_PIECE_BYTES = 2**22
+_PIECE_IMAGES = 16
+
+
+def spectral_conv(x: Tensor, spectrum: Tensor, lattice: Lattice, transposed: bool = False) -> Tensor:
+    r"""The circular convolution of images with a kernel that is given by its spectrum, or its transpose.
+
+    Args:
+        x: ``(batch, in, *domain)``; of the transpose, ``(batch, out, *grid)``. Real or complex, as the
+            lattice is, in single or double precision.
+        spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`.
+        lattice: of the spectrum; its domain is that of the images.
+        transposed: whether to apply the transpose of the operator instead, as ``conv_transpose`` does: of
+            a real one its adjoint, of a complex one the conjugate of that.
+
+    Returns:
+        ``(batch, out, *grid)``, or of the transpose ``(batch, in, *domain)``. First and second
+        derivatives with respect to images and spectrum, forward mode and ``vmap`` work.
+    """
+    if transposed and x.is_complex():
+        # not by `conj`, whose views neither forward mode within `vmap` nor operators take
+        y = _convolve(torch.complex(x.real, -x.imag), spectrum, lattice, True)
+        return torch.complex(y.real, -y.imag)
+    return _convolve(x, spectrum, lattice, transposed)
+
+
+def _convolve(x: Tensor, spectrum: Tensor, lattice: Lattice, adjoint: bool) -> Tensor:
+    # Unlike in Note [operator and Function], what is compiled or exported is made of torch's own
+    # operators, which torch differentiates.
+    if torch.compiler.is_compiling():
+        return _apply(x, spectrum, lattice, adjoint)[0]
+    return _Apply.apply(x, spectrum, lattice, adjoint)[0]
+
+
+def _transform(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
+    """``(groups, frequencies, channels/groups, batch)`` of images on the domain, or on the coarse grid.
+
+    Batch last: the products with ``M``, with ``M^H`` and of two transforms all are then calls to BLAS.
+    """
+    axes = tuple(range(2, x.ndim))
+    fft = torch.fft.fftn if lattice.is_complex else torch.fft.rfftn
+
+    def piece(x: Tensor) -> Tensor:
+        transform = fft(lattice.phases(x) if fine else x, dim=axes, norm="ortho").flatten(2)
+        return transform.unflatten(1, (lattice.groups, -1)).permute(1, 3, 2, 0)
+
+    channels = x.shape[1] // lattice.groups * (prod(lattice.stride) if fine else 1)
+    shape = (lattice.groups, lattice.frequencies, channels, len(x))
+    return _in_pieces(piece, x, 0, shape, -1, torch.promote_types(x.dtype, torch.complex64))
+
+
+def _image(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Tensor:
+    """The inverse of `_transform`, of the dtype and memory format of other images."""
+    axes = tuple(range(2, len(lattice.grid) + 2))
+
+    def piece(transform: Tensor) -> Tensor:
+        phases = transform.permute(3, 0, 2, 1).flatten(1, 2).unflatten(-1, lattice.stored)
+        if lattice.is_complex:
+            phases = torch.fft.ifftn(phases, dim=axes, norm="ortho")
+        else:  # one axis after the other: `irfftn` copies once more
+            for axis in axes[:-1]:
+                phases = torch.fft.ifft(phases, dim=axis, norm="ortho")
+            phases = torch.fft.irfft(phases, n=lattice.grid[-1], norm="ortho")
+        return lattice.interleave(phases) if fine else phases
+
+    channels = lattice.groups * transform.shape[2] // (prod(lattice.stride) if fine else 1)
+    shape = (transform.shape[-1], channels, *(lattice.domain if fine else lattice.grid))
+    return _in_pieces(piece, transform, -1, shape, 0, like.dtype, _format(like))
+
+
+def _in_pieces(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    axis: int,
+    shape: tuple[int, ...],
+    result_axis: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """Applies a function to pieces of a batch, given the batch axes of its argument and of its result."""
+    batch = size = x.shape[axis]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        each = max(1, dtype.itemsize * prod(shape) // max(batch, 1))
+        size = max(1, _PIECE_BYTES // each // _PIECE_IMAGES) * _PIECE_IMAGES
+    if 0 < batch <= size:
+        return function(x).contiguous(memory_format=memory_format)
+    result = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
+    for start in range(0, batch, max(size, 1)):
+        length = min(size, batch - start)
+        result.narrow(result_axis, start, length).copy_(function(x.narrow(axis, start, length)))
+    return result
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Matrix products; with one inner channel, as in depthwise convolutions, without a call to BLAS."""
+    # Note [lazy conjugates] is why it is resolved
+    return A.resolve_conj() * B if A.shape[-1] == 1 else A @ B
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The memory format of images, which a convolution keeps."""
+    for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.ndim == axes and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format
+
+
+def _apply(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
+    """The result, and the transform of ``x``."""
+    transform = _transform(x, lattice, fine=not adjoint)
+    product = _product(M.mH if adjoint else M, transform)
+    return _image(product, lattice, adjoint, x), transform
+
+
+def _outer(
+    y: Tensor, x: Tensor, y_transform: Tensor | None, x_transform: Tensor | None, lattice: Lattice
+) -> Tensor:
+    """The gradient at the spectrum; transforms that are known already may be given."""
+    if y_transform is None:
+        y_transform = _transform(y, lattice, fine=False)
+    if x_transform is None:
+        x_transform = _transform(x, lattice, fine=True)
+    # The inverse transform of a half-spectrum reads every frequency twice but those on its edges.
+    twice = 1 if lattice.is_complex else 2
+    flat = [t.flatten(0, 1) for t in (y_transform, x_transform)]
+    G = torch.baddbmm(flat[0].new_empty(()), flat[0], flat[1].mH, beta=0, alpha=twice)
+    G = G.unflatten(0, (lattice.groups, -1))
+    if not lattice.is_complex:
+        planes = G.unflatten(1, lattice.stored).movedim(len(lattice.grid), 0)
+        planes[0] *= 0.5
+        if lattice.grid[-1] % 2 == 0:
+            planes[-1] *= 0.5
+    return G
+
+
+# As operators, which what cannot look into them (a fallback for batches, a profiler) takes as a whole.
+
+
+def _apply_fields(
+    x: Tensor, M: Tensor, domain: Sequence[int], stride: Sequence[int], groups: int, adjoint: bool
+) -> tuple[Tensor, Tensor]:
+    return _apply(x, M, Lattice(tuple(domain), tuple(stride), groups, x.is_complex()), adjoint)
+
+
+def _outer_fields(
+    y: Tensor,
+    x: Tensor,
+    y_transform: Tensor | None,
+    x_transform: Tensor | None,
+    domain: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+) -> Tensor:
+    lattice = Lattice(tuple(domain), tuple(stride), groups, x.is_complex())
+    return _outer(y, x, y_transform, x_transform, lattice)
+
+
+for _name, _function in (("spectral_conv", _apply_fields), ("spectral_conv_outer", _outer_fields)):
+    _operator = torch.library.custom_op(f"orthoconv_param::{_name}", _function, mutates_args=())
+    _operator.register_fake(_function)  # plain torch: what it does says what it returns
+
+
+class _Apply(torch.autograd.Function):
+    """``apply(x, M)``, or ``adjoint(x, M)``; and the transform of ``x``, to be used again."""
+
+    @staticmethod
+    def forward(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
+        return torch.ops.orthoconv_param.spectral_conv(
+            x, M, lattice.domain, lattice.stride, lattice.groups, adjoint
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Lattice, bool], output: Any) -> None:
+        x, M, ctx.lattice, ctx.adjoint = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, M, output[1])
+        ctx.save_for_forward(x, M)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, M, transform = ctx.saved_tensors
+        dx = dM = g_transform = None
+        if ctx.needs_input_grad[0]:
+            dx, g_transform = _Apply.apply(g, M, ctx.lattice, not ctx.adjoint)
+        if ctx.needs_input_grad[1]:
+            # the operator takes images on the domain to images on the grid
+            if ctx.adjoint:
+                dM = _Outer.apply(x, g, transform, g_transform, ctx.lattice)
+            else:
+                dM = _Outer.apply(g, x, g_transform, transform, ctx.lattice)
+        return dx, dM, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dM: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        x, M = ctx.saved_tensors
+        terms = [
+            _Apply.apply(*pair, ctx.lattice, ctx.adjoint)[0]
+            for pair in ((dx, M), (x, dM))
+            if pair[0] is not None and pair[1] is not None
+        ]
+        return sum(terms[1:], start=terms[0]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> Any:
+        # mapped images are a larger batch; with mapped spectra they are more groups
+        if in_dims[1] is None:
+            x = x.movedim(in_dims[0], 0)
+            y, transform = _Apply.apply(x.flatten(0, 1), M, lattice, adjoint)
+            sizes = x.shape[:2]
+            return (y.unflatten(0, sizes), transform.unflatten(-1, sizes)), (0, 3)
+        x, M = align((x, M), in_dims[:2], info.batch_size)
+        y, transform = _Apply.apply(_merge(x), M.flatten(0, 1), _times(lattice, len(M)), adjoint)
+        return (y.unflatten(1, (len(M), -1)), transform.unflatten(0, (len(M), -1))), (1, 0)
+
+
+class _Outer(torch.autograd.Function):
+    """``outer(y, x)``; transforms that are known already may be given."""
+
+    @staticmethod
+    def forward(
+        y: Tensor, x: Tensor, y_transform: Tensor | None, x_transform: Tensor | None, lattice: Lattice
+    ) -> Tensor:
+        return torch.ops.orthoconv_param.spectral_conv_outer(
+            y, x, y_transform, x_transform, lattice.domain, lattice.stride, lattice.groups
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        y, x, _, _, ctx.lattice = inputs
+        ctx.save_for_backward(y, x)
+        ctx.save_for_forward(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, N: Tensor) -> tuple[Tensor | None, ...]:
+        y, x = ctx.saved_tensors
+        dy = _Apply.apply(x, N, ctx.lattice, False)[0] if ctx.needs_input_grad[0] else None
+        dx = _Apply.apply(y, N, ctx.lattice, True)[0] if ctx.needs_input_grad[1] else None
+        return dy, dx, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor | None, dx: Tensor | None, *_: Any) -> Tensor:
+        y, x = ctx.saved_tensors
+        terms = [
+            _Outer.apply(*pair, None, None, ctx.lattice)
+            for pair in ((dy, x), (y, dx))
+            if pair[0] is not None and pair[1] is not None
+        ]
+        return sum(terms[1:], start=terms[0])
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        y: Tensor,
+        x: Tensor,
+        y_transform: Tensor | None,
+        x_transform: Tensor | None,
+        lattice: Lattice,
+    ) -> Any:
+        tensors = [
+            t if t is None else align((t,), (dim,), info.batch_size)[0]
+            for t, dim in zip((y, x, y_transform, x_transform), in_dims, strict=False)
+        ]
+        images = [t if t is None else _merge(t) for t in tensors[:2]]
+        transforms = [t if t is None else t.flatten(0, 1) for t in tensors[2:]]
+        dM = _Outer.apply(*images, *transforms, _times(lattice, info.batch_size))
+        return dM.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _merge(x: Tensor) -> Tensor:
+    """``(maps, batch, channels, ...)`` as ``(batch, maps * channels, ...)``."""
+    return x.movedim(0, 1).flatten(1, 2)
+
+
+def _times(lattice: Lattice, maps: int) -> Lattice:
+    return replace(lattice, groups=maps * lattice.groups)
