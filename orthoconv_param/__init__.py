@@ -1,6 +1,7 @@
 """Orthogonal and unitary convolutions, as a parametrization of any existing convolution's weight."""
 
 from . import functional
+from .conversion import orthogonal
 from .diagnostics import orthogonality_defect, singular_values
 from .exponential import expm_skew
 from .parametrization import ConvExponential, generators
@@ -10,6 +11,7 @@ __all__ = [
     "expm_skew",
     "functional",
     "generators",
+    "orthogonal",
     "orthogonality_defect",
     "singular_values",
 ]

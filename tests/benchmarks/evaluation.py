@@ -1,0 +1,125 @@
+"""How long an orthogonal convolution takes, through the Fourier transform and directly, and what is chosen.
+
+For each geometry the two, and the plain periodic convolution that it was, run in turn; printed are the
+medians in milliseconds of one forward, the kernel's own transform included and the exponential excluded,
+the cost model's estimates, and its choice. A second table is of one step of a loop, whose exponential
+and transform of the kernel are shared by its steps: forward and backward, against a plain 3x3 convolution.
+Run it as ``python tests/benchmarks/evaluation.py``.
+"""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from orthoconv_param import orthogonal
+from orthoconv_param.conversion import direct_cost, spectral_cost
+from orthoconv_param.lattice import Lattice
+from orthoconv_param.spectral import spectral_conv
+
+GEOMETRIES = [  # axes, channels, kernel, groups, stride, side, batch
+    (1, 16, 3, 1, 1, 64, 16),
+    (1, 64, 3, 1, 1, 256, 16),
+    (1, 64, 9, 1, 1, 1024, 8),
+    (1, 256, 3, 1, 1, 64, 8),
+    (1, 64, 3, 64, 1, 256, 16),
+    (1, 64, 1, 1, 1, 256, 16),
+    (2, 4, 3, 1, 1, 16, 1),
+    (2, 16, 3, 1, 1, 8, 8),
+    (2, 16, 3, 1, 1, 64, 8),
+    (2, 16, 3, 16, 1, 64, 8),
+    (2, 64, 3, 1, 1, 32, 32),
+    (2, 64, 3, 64, 1, 32, 32),
+    (2, 64, 1, 1, 1, 32, 32),
+    (2, 32, 2, 1, 2, 32, 16),
+    (2, 16, 3, 1, 2, 32, 16),
+    (2, 128, 3, 1, 1, 16, 32),
+    (2, 32, 3, 1, 1, 64, 16),
+    (2, 8, 3, 1, 1, 128, 1),
+    (3, 8, 3, 1, 1, 16, 2),
+    (3, 16, 1, 1, 1, 16, 4),
+]
+
+
+STEPS = [(64, 32, 32), (128, 16, 32), (24, 48, 24), (32, 64, 16)]  # channels, side, batch
+
+
+def medians(functions, runs=11):
+    """Of each function's time, in milliseconds; they take turns, so that all see the same machine."""
+    times = [[] for _ in functions]
+    for run in range(runs + 2):
+        for function, seen in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if run >= 2:
+                seen.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(seen) for seen in times]
+
+
+def steps():
+    print("\n{:<24}{:>9}{:>10}{:>8}".format("channels side batch", "plain", "spectral", "ratio"))
+    for channels, side, batch in STEPS:
+        plain = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="circular", bias=False)
+        module = orthogonal(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        x = torch.randn(batch, channels, side, side).requires_grad_()
+        G = torch.randn(batch, channels, side, side)
+        lattice, M = module._spectrum((side, side))
+        M = M.detach().requires_grad_()
+        times = medians(
+            [
+                lambda p=plain, x=x, G=G: torch.autograd.grad(p(x), (x, p.weight), G),
+                lambda x=x, M=M, L=lattice, G=G: torch.autograd.grad(spectral_conv(x, M, L), (x, M), G),
+            ]
+        )
+        row = f"{channels:<9}{side:<5}{batch:<5}"
+        print(f"{row:<24}{times[0]:>9.2f}{times[1]:>10.2f}{times[1] / times[0]:>8.2f}", flush=True)
+
+
+@torch.no_grad()
+def evaluations():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    header = (
+        "axes ch k groups stride side batch",
+        "K",
+        "plain",
+        "direct",
+        "spectral",
+        "estimates",
+        "choice",
+    )
+    print("{:<36}{:>4}{:>9}{:>9}{:>10}{:>18}  {}".format(*header))
+    torch.manual_seed(0)
+    for axes, channels, kernel, groups, stride, side, batch in GEOMETRIES:
+        cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+        pad = {"padding": kernel // 2 if kernel % 2 else 0, "padding_mode": "circular", "bias": False}
+        plain = cls(channels, channels, kernel, stride=stride, groups=groups, **pad)
+        module = orthogonal(cls(channels, channels, kernel, stride=stride, groups=groups, **pad))
+        domain = (side,) * axes
+        x = torch.randn(batch, channels, *domain)
+        taps = tuple(module.weight.shape[2:])
+        lattice = Lattice(domain, module.stride, groups)
+
+        def spectral(module=module, x=x, domain=domain, lattice=lattice):
+            lattice.spectrum(module.weight)
+            module._spectral(x, domain)
+
+        with parametrize.cached():
+            times = medians(
+                [lambda: plain(x), lambda m=module, x=x, d=domain: m._direct(x, d), spectral]  # noqa: B023
+            )
+        estimates = (
+            direct_cost(channels, channels, taps, lattice, batch) / 1e6,
+            spectral_cost(channels, channels, lattice, batch) / 1e6,
+        )
+        right = (estimates[0] < estimates[1]) == (times[1] < times[2])
+        choice = ("direct" if estimates[0] < estimates[1] else "spectral") + ("" if right else " (slower)")
+        row = f"{axes:<5}{channels:<4}{kernel:<2}{groups:<7}{stride:<7}{side:<5}{batch:<6}"
+        print(f"{row:<36}{taps[0]:>4}{times[0]:>9.2f}{times[1]:>9.2f}{times[2]:>10.2f}", end="")
+        print(f"{estimates[0]:>9.2f}{estimates[1]:>9.2f}  {choice}", flush=True)
+
+
+if __name__ == "__main__":
+    evaluations()
+    steps()
