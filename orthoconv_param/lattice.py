@@ -210,19 +210,18 @@ class Lattice:
         rows, columns = self.blocks(kernel.shape)
         taps, axes = tuple(kernel.shape[2:]), tuple(range(2, d + 2))
         placement = placement or Placement.centred(taps)
-        if (
-            not self.is_complex and max(self.stride) == 1
-        ):  # to reverse a kernel costs less than to conjugate
-            torus = _wrap(kernel.flip(axes), self.domain, placement.reversed(taps))
-            spectrum = torch.fft.rfftn(torus, dim=axes)
-        else:
+        if self.is_complex:
             phases = self.phases(_wrap(kernel, self.domain, placement))
-            if self.is_complex:
-                spectrum = torch.fft.ifftn(phases, dim=axes, norm="forward")
+            spectrum = torch.fft.ifftn(phases, dim=axes, norm="forward")
+        else:
+            # The conjugate of a transform is that of the reversed kernel, which costs less to reverse.
+            if max(self.stride) == 1:
+                phases = _wrap(kernel.flip(axes), self.domain, placement.reversed(taps))
             else:
-                spectrum = torch.fft.rfftn(phases, dim=axes).conj()
+                phases = _reverse(self.phases(_wrap(kernel, self.domain, placement)), axes)
+            spectrum = torch.fft.rfftn(phases, dim=axes)
         spectrum = spectrum.reshape(self.groups, rows, columns, self.frequencies)
-        return spectrum.movedim(-1, 1).resolve_conj().contiguous()
+        return spectrum.movedim(-1, 1).contiguous()
 
     def kernel(self, spectrum: Tensor) -> Tensor:
         """The inverse of `spectrum`: the kernel ``(out, in/groups, *taps)`` of these matrices."""
@@ -232,7 +231,7 @@ class Lattice:
         if self.is_complex:
             phases = torch.fft.fftn(spectrum, dim=axes, norm="forward")
         else:
-            phases = torch.fft.irfftn(spectrum.conj(), s=grid, dim=axes)
+            phases = _reverse(torch.fft.irfftn(spectrum, s=grid, dim=axes), axes)
         torus = self.interleave(phases)
         if not self.compact:
             return torch.roll(torus, [centre(n) for n in self.domain], axes)
@@ -335,6 +334,11 @@ def unpack(generator: Tensor) -> Tensor:
 def _hartley(x: Tensor) -> Tensor:
     f = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
     return f.real - f.imag  # its own inverse
+
+
+def _reverse(torus: Tensor, axes: Size) -> Tensor:
+    """``torus[-q]`` at ``q``."""
+    return torch.roll(torus.flip(axes), (1,) * len(axes), axes)
 
 
 def fold(kernel: Tensor, domain: Size, dilation: Size) -> Tensor:

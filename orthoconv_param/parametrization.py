@@ -372,7 +372,7 @@ class ConvExponential(nn.Module):
         optional = "".join(
             f", {key}={value}"
             for key, value in (("stride", self.stride), ("groups", self.groups))
-            if value != 1
+            if max(per_axis(key, value)) > 1
         )
         tol = "" if self.tol is None else f", tol={self.tol}"
         return (
