@@ -48,7 +48,8 @@ class ConvExponential(nn.Module):
       kernel of ``K x K`` taps, also with ``unsafe=True``; ``K`` follows the generator's norm. The
       existing ``k x k`` weight *is* the generator.
 
-    The generator has the shape and dtype of the weight that it replaces. Any values are allowed. It
+    The generator has the shape and dtype of the weight that it replaces. Any values are allowed (with
+    ``"any"``, up to norms of several hundred, where ``K`` is 1000: beyond, use raises ``ValueError``). It
     holds the weight's Fourier coefficients on its own ``k x k`` grid (Hartley transform, or
     the unitary DFT of a complex weight), and stays the parameter that an optimizer already holds.
 
