@@ -58,8 +58,7 @@ class ConvLSTM(nn.Module):
         self.hidden = hidden
         self.gates = nn.Conv2d(1 + hidden, 4 * hidden, 3, padding=1, padding_mode="circular")
         self.draw = nn.Conv2d(hidden, 1, 1)
-        with torch.no_grad():
-            self.gates.bias[hidden : 2 * hidden].fill_(1.0)  # type: ignore[index]  # remember at first
+        nn.init.ones_(self.gates.get_parameter("bias")[hidden : 2 * hidden])  # remember at first
 
     def forward(self, video: Tensor, context: int) -> Tensor:
         """Logits of frames 1, 2, ...; after ``context`` frames it sees its own predictions only."""
@@ -179,6 +178,8 @@ def main() -> None:
     rows["pretrained"] = describe("pretrained", model, test, arguments.context)
     parametrize.register_parametrization(plain.gates, "weight", ConvExponential())
     describe("ConvExponential(), on 3x3", plain, test, arguments.context)
+    train(plain, data, arguments.finetune, arguments.finetune_lr, arguments)
+    describe("... fine-tuned", plain, test, arguments.context)
     orthogonal(model.gates, domain=arguments.canvas)
     rows["orthogonal"] = describe("orthogonal", model, test, arguments.context)
     train(model, data, arguments.finetune, arguments.finetune_lr, arguments)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .exponential import HALF
-from .lattice import Lattice, Placement, Size, fold, per_axis
+from .lattice import Lattice, Placement, Size, clip, cut, extend, fold, per_axis, surround
 from .parametrization import ConvExponential, no_autocast
 from .spectral import spectral_conv
 from .trivializations import Trivialization
@@ -267,7 +267,7 @@ class _Orthogonal(nn.Module):
     _reversed_padding_repeated_twice: Any
     parametrizations: Any
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002, it is torch's name
         """The orthogonal operator, and the bias.
 
         Args:
@@ -357,18 +357,13 @@ class _Orthogonal(nn.Module):
         dtype = x.dtype
         x = x.float() if dtype in HALF else x
         lattice, M = self._once(("spectrum", domain), lambda: self._spectrum(domain))
-        given, taken = (lattice.grid, domain) if self.transposed else (lattice.domain, self._coarse(domain))
-        if lattice.domain != domain:
-            missing = [n - have for n, have in zip(given, x.shape[2:], strict=True)]
-            x = F.pad(x, [p for m in missing[::-1] for p in (0, m)])
-        y = spectral_conv(x, M, lattice, self.transposed)
-        if lattice.domain != domain:
-            for axis, n in enumerate(taken, start=2):
-                y = y.narrow(axis, 0, n)
-        return y.to(dtype)
-
-    def _coarse(self, domain: Size) -> Size:
-        return tuple(n // s for n, s in zip(domain, self.stride, strict=True))
+        if lattice.domain == domain:
+            return spectral_conv(x, M, lattice, self.transposed).to(dtype)
+        x = extend(x, lattice.grid if self.transposed else lattice.domain)
+        size = domain
+        if not self.transposed:
+            size = tuple(n // s for n, s in zip(domain, self.stride, strict=True))
+        return cut(spectral_conv(x, M, lattice, self.transposed), size).to(dtype)
 
     def _spectrum(self, domain: Size) -> tuple[Lattice, Tensor]:
         """The operator's matrices on the torus on which it is evaluated for images on the domain."""
@@ -379,7 +374,7 @@ class _Orthogonal(nn.Module):
                 return lattice, M.to(torch.promote_types(free.dtype, torch.complex64))
         kernel, torus = self._once("kernel", self._kernel), domain
         if self._boundary == "zeros" and self._size is None:
-            kernel, torus = self._padded(kernel, domain)
+            kernel, torus = clip(kernel, domain, self.stride, self._dilation)
         elif self._boundary == "zeros":
             torus = tuple(kernel.shape[2:])
         lattice = Lattice(torus, self.stride, self.groups, kernel.is_complex())
@@ -399,16 +394,6 @@ class _Orthogonal(nn.Module):
             return self.weight.to(torch.promote_types(free.dtype, torch.float32))
         lattice, M = exponential.spectrum(free)
         return lattice.kernel(M).to(torch.promote_types(free.dtype, torch.float32))
-
-    def _padded(self, kernel: Tensor, domain: Size) -> tuple[Tensor, Size]:
-        """The taps that images on the domain meet, and a torus so large that no image meets itself."""
-        torus = []
-        for axis, (n, s, r) in enumerate(zip(domain, self.stride, self._dilation, strict=True), start=2):
-            middle = kernel.shape[axis] // 2
-            side = min(middle, (n - 1) // r)
-            kernel = kernel.narrow(axis, middle - side, 2 * side + 1)
-            torus.append(s * ceil((n + r * side) / s))
-        return kernel, tuple(torus)
 
     # Directly
 
@@ -438,21 +423,18 @@ class _Orthogonal(nn.Module):
         if any(r * (k - 1) >= n for k, r, n in zip(kernel.shape[2:], dilation, domain, strict=True)):
             kernel, dilation = fold(kernel, domain, dilation), (1,) * axes
         taps = tuple(kernel.shape[2:])
-        placement = Placement.centred(taps, dilation)
-        sides = list(zip(placement.origin, placement.after(taps), strict=True))
+        before = Placement.centred(taps, dilation).origin
+        after = Placement.centred(taps, dilation).after(taps)
         if not self.transposed:
-            x = F.pad(x, [p for side in sides[::-1] for p in side], mode="circular")
+            x = surround(x, before, after)
             return convolve(x, kernel, None, self.stride, 0, dilation, self.groups)
-        # each output needs the inputs whose taps reach it, around the torus
-        axes_sides = zip(sides, self.stride, strict=True)
-        around = [(ceil(right / s), ceil(left / s)) for (left, right), s in axes_sides]
-        x = F.pad(x, [p for side in around[::-1] for p in side], mode="circular")
-        y = transposed(x, kernel, None, self.stride, 0, 0, self.groups, dilation)
-        for axis, ((left, _), (before, _), s, n) in enumerate(
-            zip(sides, around, self.stride, domain, strict=True), start=2
-        ):
-            y = y.narrow(axis, left + s * before, n)
-        return y
+        # each output needs the inputs whose taps reach it
+        margins = [
+            tuple(ceil(n / s) for n, s in zip(side, self.stride, strict=True)) for side in (after, before)
+        ]
+        y = transposed(surround(x, *margins), kernel, None, self.stride, 0, 0, self.groups, dilation)
+        start = tuple(b + s * m for b, s, m in zip(before, self.stride, margins[0], strict=True))
+        return cut(y, domain, start)
 
     # Being a module
 
@@ -460,37 +442,40 @@ class _Orthogonal(nn.Module):
         """As of any module. When `remove_parametrizations` puts the kernel here, it settles the rest."""
         super().register_parameter(name, param)
         if name == "weight" and param is not None and "_dilation" in self.__dict__:
-            if param.grad is not None and param.grad.shape != param.shape:
-                param.grad = None  # the generator's
+            param.grad = None  # it was the generator's
             if "bias" in self._parameters:  # the order that it had
                 self._parameters["bias"] = self._parameters.pop("bias")
             self._settle(tuple(param.shape[2:]))
 
     def _settle(self, taps: Size) -> None:
         """The attributes of a module with this kernel, and torch's own class if that computes the same."""
-        placement = Placement.centred(taps, self._dilation)
-        padding, right = placement.origin, placement.after(taps)
-        rest = tuple(s - 1 for s in self.stride)
-        plain = right == padding or (not self.transposed and all(s == 1 for s in self.stride))
-        if self._boundary == "circular":
-            smallest = self._size or self._smallest  # torch pads an image by no more than its size
-            fits = smallest is not None and all(r <= n for r, n in zip(right, smallest, strict=True))
-            plain = plain and fits and not self.transposed
-        else:
-            plain = plain and self._size is None
+        if taps == self.kernel_size and taps != self._size:
+            # One tap is what it was. Otherwise the free parameter was asked back, without its meaning.
+            self._become_plain()
+            return
+        before = Placement.centred(taps, self._dilation).origin
+        after = Placement.centred(taps, self._dilation).after(taps)
         self.kernel_size, self.dilation = taps, self._dilation
-        self.padding = padding if right == padding else "same" if plain else self.padding
         if self.transposed:
-            self.output_padding = rest
+            self.output_padding = tuple(s - 1 for s in self.stride)
         else:
             self.padding_mode = self._boundary
-            self._reversed_padding_repeated_twice = [
-                p for side in zip(padding[::-1], right[::-1], strict=True) for p in side
-            ]
+            sides = zip(before[::-1], after[::-1], strict=True)
+            self._reversed_padding_repeated_twice = [p for side in sides for p in side]
+        self.padding = before if before == after else "same"
+        if self._boundary == "zeros":
+            plain = self._size is None
+        else:  # torch pads an image by no more than its size
+            smallest = self._size or self._smallest
+            fits = smallest is not None and all(a <= n for a, n in zip(after, smallest, strict=True))
+            plain = fits and not self.transposed and (before == after or max(self.stride) == 1)
         if plain:
-            del self._size, self._boundary, self._dilation, self._smallest
-            # torch returns to the base of the parametrized class, which belongs to this module alone
-            type(self).__bases__ = (self._plain_class(),)
+            self._become_plain()
+
+    def _become_plain(self) -> None:
+        """Of torch's own class again: the base of the parametrized one, which is this module's alone."""
+        del self._size, self._boundary, self._dilation, self._smallest
+        type(self).__bases__ = (self._plain_class(),)
 
     def _plain_class(self) -> Any:
         """The class that the module was of."""
@@ -517,9 +502,9 @@ class _Orthogonal(nn.Module):
 @cache
 def _orthogonal_class(cls: Any) -> Any:
     """A subclass of a torch convolution that is evaluated as `_Orthogonal`."""
-    return (
-        cls if issubclass(cls, _Orthogonal) else type(f"Orthogonal{cls.__name__}", (_Orthogonal, cls), {})
-    )
+    if issubclass(cls, _Orthogonal):
+        return cls
+    return type(f"Orthogonal{cls.__name__}", (_Orthogonal, cls), {})
 
 
 def _rebuild(cls: Any) -> Any:

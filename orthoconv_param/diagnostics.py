@@ -65,11 +65,12 @@ def singular_values(
         return _of_module(convolution, domain)
     check_dtype("convolution", convolution)
     axes = convolution.ndim - 2
-    # a larger kernel is folded, so only its channels have to fit
-    size = (*convolution.shape[:2], *(1,) * axes)
-    per_axis("domain", domain, max(axes, 1))
-    lattice = Lattice.of_kernel(size, convolution.is_complex(), domain, stride, count("groups", groups))
     taps = tuple(convolution.shape[2:])
+    per_axis("domain", domain, max(axes, 1))  # not None
+    count("groups", groups)
+    lattice = Lattice.of_kernel(
+        convolution.shape, convolution.is_complex(), domain, stride, groups, folds=True
+    )
     return _of_kernel(convolution, lattice, Placement.centred(taps, per_axis("dilation", dilation, axes)))
 
 

@@ -232,8 +232,8 @@ def spectral_conv(
 
     Args:
         x: ``(batch, in, *domain)``; transposed, ``(batch, in, *domain / stride)``. Of the kernel's dtype.
-        kernel: ``(out, in/groups, *taps)``; transposed, ``(in, out/groups, *taps)``. Real or complex, in
-            single or double precision.
+        kernel: ``(out, in/groups, *taps)``; transposed, ``(in, out/groups, *taps)``. Real or complex. Half
+            precision is computed in single precision.
         stride: of the convolution; divides the domain.
         groups: of the convolution.
         dilation: of the kernel.
@@ -259,9 +259,7 @@ def spectral_conv(
         True
     """
     exponential.check_dtype("kernel", kernel)
-    if kernel.dtype not in exponential.FLOATS:
-        raise TypeError(f"kernel should be in single or double precision. Found {kernel.dtype}")
-    axes = kernel.ndim - 2
+    axes, dtype = kernel.ndim - 2, kernel.dtype
     strides, dilations = per_axis("stride", stride, axes), per_axis("dilation", dilation, axes)
     channels = kernel.shape[0] if transposed else kernel.shape[1] * count("groups", groups)
     exponential.check_dtype("x", x)
@@ -271,10 +269,11 @@ def spectral_conv(
             f"Found size {tuple(x.shape)} and {x.dtype}"
         )
     domain = tuple(n * s if transposed else n for n, s in zip(x.shape[2:], strides, strict=True))
-    size = (*kernel.shape[:2], *(1,) * axes)  # a larger kernel is folded, so only its channels have to fit
-    lattice = Lattice.of_kernel(size, kernel.is_complex(), domain, strides, groups)
+    lattice = Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, strides, groups, folds=True)
+    if kernel.dtype not in exponential.FLOATS:
+        x, kernel = x.float(), kernel.float()
     spectrum = lattice.spectrum(kernel, Placement.centred(tuple(kernel.shape[2:]), dilations))
-    return spectral.spectral_conv(x, spectrum, lattice, transposed)
+    return spectral.spectral_conv(x, spectrum, lattice, transposed).to(dtype)
 
 
 def polar(spectrum: Tensor, lattice: Lattice) -> Tensor:

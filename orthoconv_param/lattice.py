@@ -51,13 +51,12 @@ class Placement:
         dilation = dilation or (1,) * len(taps)
         return cls(dilation, tuple(r * centre(k) for k, r in zip(taps, dilation, strict=True)))
 
-    def dilated(self, dilation: Size | None) -> "Placement":
+    def dilated(self, factors: Size) -> "Placement":
         """The taps further apart by these factors."""
-        if dilation is None:
-            return self
-        return Placement(
-            *(tuple(a * r for a, r in zip(x, dilation, strict=True)) for x in (self.dilation, self.origin))
+        scaled = (
+            tuple(a * r for a, r in zip(x, factors, strict=True)) for x in (self.dilation, self.origin)
         )
+        return Placement(*scaled)
 
     def extent(self, taps: Size) -> Size:
         """How many samples a kernel spans, from its first tap to its last."""
@@ -105,6 +104,7 @@ class Lattice:
         stride: int | Size = 1,
         groups: int = 1,
         dilation: Size | None = None,
+        folds: bool = False,
     ) -> "Lattice":
         """The torus for kernels of ``size = (out, in/groups, *taps)``; checks that they fit.
 
@@ -115,6 +115,7 @@ class Lattice:
             stride: likewise.
             groups: of the convolution.
             dilation: of the kernel.
+            folds: whether a kernel larger than the domain is folded onto it, rather than refused.
 
         Raises:
             ValueError: if the kernel has no taps, does not fit into the domain, the stride
@@ -129,7 +130,7 @@ class Lattice:
         domain = taps if domain is None else per_axis("domain", domain, len(taps))
         stride = per_axis("stride", stride, len(taps))
         extent = Placement.centred(taps, dilation).extent(taps)
-        if any(n < k for n, k in zip(domain, extent, strict=True)):
+        if not folds and any(n < k for n, k in zip(domain, extent, strict=True)):
             what = "taps" if extent == taps else "taps with their dilation,"
             raise ValueError(f"domain should be at least the kernel's {what} {extent}. Found {domain}")
         if any(n % s for n, s in zip(domain, stride, strict=True)):
@@ -334,6 +335,40 @@ def unpack(generator: Tensor) -> Tensor:
 def _hartley(x: Tensor) -> Tensor:
     f = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
     return f.real - f.imag  # its own inverse
+
+
+def clip(kernel: Tensor, domain: Size, stride: Size, dilation: Size) -> tuple[Tensor, Size]:
+    """For images between zeros: the taps of a centred kernel that meet one, and a torus for it.
+
+    The torus has as many more points than the domain as the kernel reaches to a side, so that around
+    it no image meets itself.
+    """
+    torus = []
+    for axis, (n, s, r) in enumerate(zip(domain, stride, dilation, strict=True), start=2):
+        middle = centre(kernel.shape[axis])
+        side = min(middle, (n - 1) // r)
+        kernel = kernel.narrow(axis, middle - side, 2 * side + 1)
+        torus.append(s * ceil((n + r * side) / s))
+    return kernel, tuple(torus)
+
+
+def extend(images: Tensor, size: Size) -> Tensor:
+    """Images continued by zeros to a size."""
+    missing = [n - have for n, have in zip(size, images.shape[2:], strict=True)]
+    return F.pad(images, [p for m in missing[::-1] for p in (0, m)])
+
+
+def surround(images: Tensor, before: Size, after: Size) -> Tensor:
+    """Images continued around the torus, by so many points before and after them on each axis."""
+    sides = zip(before[::-1], after[::-1], strict=True)
+    return F.pad(images, [p for side in sides for p in side], mode="circular")
+
+
+def cut(images: Tensor, size: Size, start: Size | None = None) -> Tensor:
+    """The part of a size, from a position on."""
+    for axis, (n, first) in enumerate(zip(size, start or (0,) * len(size), strict=True), start=2):
+        images = images.narrow(axis, first, n)
+    return images
 
 
 def _reverse(torus: Tensor, axes: Size) -> Tensor:

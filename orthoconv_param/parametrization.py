@@ -151,9 +151,8 @@ class ConvExponential(nn.Module):
         self.groups = groups
         self.triv = triv
         self.tol = tol
-        self.placement: Placement | None = (
-            None  # of the generator's taps, if not centred: `orthogonal` sets it
-        )
+        # Of the generator's taps, if they are not centred: `orthogonal` sets it.
+        self.placement: Placement | None = None
         self.size: Size | None = None  # of the generator, once registered
         # With domain="any": the generator's norm, rounded up, and the compact kernel's degree for it.
         self.level: float | None = None
@@ -192,7 +191,7 @@ class ConvExponential(nn.Module):
             return lattice.kernel(Q).to(X.dtype)
 
     def spectrum(
-        self, X: Tensor, domain: Size | None = None, dilation: Size | None = None
+        self, X: Tensor, domain: Size | None = None, dilation: Size = ()
     ) -> tuple[Lattice, Tensor]:
         """The matrices of the orthogonal kernel of a generator, and the lattice on which they are.
 
@@ -202,7 +201,7 @@ class ConvExponential(nn.Module):
         Args:
             X: the generator, ``(out, in/groups, *taps)``.
             domain: of the images, for ``domain="any"``.
-            dilation: with which the compact kernel is applied to them.
+            dilation: with which the compact kernel is applied to these.
 
         Returns:
             The lattice, and ``(groups, frequencies, out/groups, in/groups * s^d)``, complex, in
@@ -225,7 +224,7 @@ class ConvExponential(nn.Module):
             if domain is not None and self.domain == "any":
                 images = Lattice(domain, lattice.stride, self.groups, X.is_complex())
                 # dilation then permutes the phases of a stride, which makes another generator
-                permuted = dilation is not None and max(dilation) > 1 and max(lattice.stride) > 1
+                permuted = max(dilation) > 1 and max(lattice.stride) > 1
                 if self.fits(images) and not permuted:
                     lattice, tol = images, 1.0
                     placement = (placement or Placement.centred(X.shape[2:])).dilated(dilation)

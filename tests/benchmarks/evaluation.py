@@ -107,7 +107,11 @@ def evaluations():
 
         with parametrize.cached():
             times = medians(
-                [lambda: plain(x), lambda m=module, x=x, d=domain: m._direct(x, d), spectral]  # noqa: B023
+                [
+                    lambda p=plain, x=x: p(x),
+                    lambda m=module, x=x, d=domain: m._direct(x, d),
+                    spectral,
+                ]
             )
         estimates = (
             direct_cost(channels, channels, taps, lattice, batch) / 1e6,
