@@ -194,6 +194,10 @@ def whole_grid():
                 continue  # the dense matrices are large
             size, dtype = draw(SIZES[axes]), draw(list(TOLERANCE))
             triv, where, transposed = draw(["expm", "cayley"]), draw(["any", "given"]), draw([False, True])
+            if axes > 1 and dilation * max(tupled(stride, axes)) == 6 and TOLERANCE[dtype] < 1e-8:
+                where = (
+                    "given"  # trained, compact kernels of such a reach take a minute in double precision
+                )
             if make(kernel, stride=stride, dilation=dilation, transposed=transposed) is None:
                 transposed = not transposed  # no padding of torch's keeps the size
             yield kernel, stride, dilation, channels, size, dtype, triv, where, transposed
