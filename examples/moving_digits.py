@@ -1,16 +1,22 @@
-"""Moving digits: a pretrained ConvLSTM is made orthogonal in one line, and fine-tuned.
+"""Moving digits: a pretrained ConvLSTM is made orthogonal by degrees, without losing what it has learned.
 
 Scanned digits (scikit-learn's `load_digits`) move and bounce on a periodic canvas. A ConvLSTM, the
-usual one with a single convolution from [input, hidden state] to four stacked gates, sees the first
-frames and predicts the rest. It is trained and saved; then its checkpoint is loaded as anybody's
-pretrained model, its recurrent convolution is made `orthogonal` on the canvas, starting from the
-operator nearest to the pretrained one, and it is fine-tuned. The program prints, at each point, the loss
-on unseen digits, and how far the operator of the recurrent convolution is from orthogonal on the
-canvas; for comparison also with the plain parametrization `ConvExponential()` of the weight, which makes
-it orthogonal on the kernel's own 3x3 grid, and so not on the canvas.
+usual one with a single convolution from [input, state] to four stacked gates, sees the first frames and
+predicts the rest. It is trained, or its checkpoint is loaded. Then three copies are fine-tuned, for as
+many steps on the same videos:
+
+  original  as it is;
+  cliff     the four hidden-to-hidden blocks of its recurrent convolution are replaced at once by the
+            nearest orthogonal ones, `retrofit(..., anneal=False)`;
+  annealed  they are moved there while it is trained, `retrofit` and `set_orthogonality(model, t)`.
+
+The program prints `report` of the model before and after, and a table: the loss on unseen digits, over as
+many predicted frames as in training and over five times as many. It saves the loss against the step,
+and frames of a long video.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,9 +27,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from orthoconv_param import ConvExponential, orthogonal, orthogonality_defect
+from orthoconv_param import generators, report, retrofit, set_orthogonality
+from orthoconv_param.functional import gate_blocks
 
 TRAINING_DIGITS = 1500  # of 1797; the others are for testing
+LONGER = 5  # times as many predicted frames as in training
 
 
 class MovingDigits:
@@ -79,44 +87,68 @@ class ConvLSTM(nn.Module):
 
 
 def train(
-    model: ConvLSTM, data: MovingDigits, steps: int, lr: float, arguments: argparse.Namespace
-) -> None:
-    """Adam on fresh videos, its learning rate rising and falling once."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 1))
-    with tqdm(range(steps), unit="step", mininterval=0.5) as progress:
-        for _ in progress:
+    title: str,
+    model: ConvLSTM,
+    data: MovingDigits,
+    steps: int,
+    lr: float,
+    arguments: argparse.Namespace,
+    annealed: int = 0,
+) -> list[float]:
+    """Adam on fresh videos, its learning rate rising and falling once; returns the losses.
+
+    In the first ``annealed`` steps the model goes from its pretrained operators to orthogonal ones.
+    """
+    slow = generators(model)
+    rest = [p for p in model.parameters() if all(p is not g for g in slow)]
+    rates = [lr, lr * arguments.generator_lr] if slow else [lr]
+    optimizer = torch.optim.Adam([{"params": p} for p in (rest, slow) if p])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=max(steps, 1))
+    losses: list[float] = []
+    with tqdm(range(1, steps + 1), desc=title, unit="step", mininterval=0.5) as progress:
+        for step in progress:
+            if step < annealed:
+                set_orthogonality(model, step / annealed)
+            elif step == annealed:
+                set_orthogonality(model, 1, final=True)
             optimizer.zero_grad()
             loss = model.loss(data.batch(arguments.batch), arguments.context)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+            losses.append(loss.item())
+            progress.set_postfix(loss=f"{losses[-1]:.4f}")
+    return losses
 
 
-def describe(title: str, model: ConvLSTM, test: Tensor, context: int) -> Tensor:
-    """Prints a row of the table, and returns the predicted frames of the first video."""
-    with torch.no_grad():
-        loss = model.loss(test, context).item()
-        defect = orthogonality_defect(model.gates, test.shape[-1])
-        frames = model(test[:1], context)[0].sigmoid()
-    print(f"{title:<28}{loss:>10.4f}{defect:>10.1e}", flush=True)
-    return frames
+def draw_losses(path: Path, curves: dict[str, list[float]]) -> None:
+    """Saves the training losses against the step, averaged over 15 steps around each."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for title, losses in curves.items():
+        window = min(15, len(losses))
+        means = torch.tensor(losses).unfold(0, window, 1).mean(-1)
+        axis.plot([i + (window + 1) / 2 for i in range(len(means))], means, label=title)
+    axis.set(xlabel="step of fine-tuning", ylabel="training loss (nats per pixel)", yscale="log")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def draw(path: Path, rows: dict[str, Tensor], context: int) -> None:
-    """Saves the frames of one video, true and predicted, one above the other."""
+def draw_frames(path: Path, rows: dict[str, Tensor], context: int) -> None:
+    """Saves frames of one video, true and predicted, one above the other: about 14 of them."""
     count = len(next(iter(rows.values())))
+    shown = range(count - 1, -1, -max(1, round(count / 14)))[::-1]
     figure, axes = plt.subplots(
-        len(rows), count, figsize=(0.75 * count + 1.2, 0.9 * len(rows) + 0.5), squeeze=False
+        len(rows), len(shown), figsize=(0.75 * len(shown) + 1.2, 0.9 * len(rows) + 0.5), squeeze=False
     )
     for row, (title, frames) in zip(axes, rows.items(), strict=True):
-        for t, (axis, frame) in enumerate(zip(row, frames, strict=True), start=1):
-            axis.imshow(frame[0], cmap="gray", vmin=0, vmax=1)
+        for axis, t in zip(row, shown, strict=True):
+            axis.imshow(frames[t, 0], cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             if row is axes[0]:
-                axis.set_title(f"{t}" if t < context else f"{t}*", fontsize=8)
+                axis.set_title(f"{t + 1}" if t + 1 < context else f"{t + 1}*", fontsize=8)
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"* predicted from the model's own predictions ({context} frames seen)", fontsize=9)
     figure.tight_layout()
@@ -124,69 +156,109 @@ def draw(path: Path, rows: dict[str, Tensor], context: int) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Runs the program."""
+def arguments_of_the_command_line() -> argparse.Namespace:
+    """What the user asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
-    parser.add_argument("--finetune", type=int, default=300, help="steps after that (default: %(default)s)")
+
+    def add(name: str, default: float | Path, text: str) -> None:
+        parser.add_argument(
+            name, type=type(default), default=default, help=f"{text} (default: %(default)s)"
+        )
+
+    add("--steps", 600, "training steps of the original")
+    add("--finetune", 300, "steps after that, of each of the three")
+    add("--annealed", 0.6, "share of these in which it becomes orthogonal")
+    add("--lr", 3e-2, "Adam's learning rate")
+    add("--finetune-lr", 1e-2, "after that")
+    add("--generator-lr", 0.1, "of the generators of orthogonal kernels, in units of that")
+    add("--hidden", 16, "channels of the state")
+    add("--canvas", 16, "side, in pixels")
+    add("--frames", 14, "length of a video")
+    add("--context", 8, "frames that are seen")
+    add("--batch", 8, "videos in a step")
+    add("--seed", 0, "of the videos and of the initial weights")
+    add("--out", Path("results"), "folder to write to")
     parser.add_argument(
-        "--lr", type=float, default=3e-2, help="Adam's learning rate (default: %(default)s)"
-    )
-    parser.add_argument("--finetune-lr", type=float, default=1e-2, help="after that (default: %(default)s)")
-    parser.add_argument(
-        "--hidden", type=int, default=16, help="channels of the state (default: %(default)s)"
-    )
-    parser.add_argument("--canvas", type=int, default=16, help="side, in pixels (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=14, help="length of a video (default: %(default)s)")
-    parser.add_argument(
-        "--context", type=int, default=8, help="frames that are seen (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="videos in a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)"
+        "--load", type=Path, help="checkpoint of a ConvLSTM to start from, instead of training"
     )
     arguments = parser.parse_args()
-    plt.switch_backend("agg")  # pictures go to files
     if arguments.canvas < 10:
         parser.error("--canvas should be at least 10: a digit has 8 pixels, and moves")
     if not 2 <= arguments.context < arguments.frames:
         parser.error("--context should be at least 2 and less than --frames")
+    if not 0 < arguments.annealed <= 1:
+        parser.error("--annealed should be a share: above 0, at most 1")
+    return arguments
 
+
+def main() -> None:
+    """Runs the program."""
+    arguments = arguments_of_the_command_line()
+    plt.switch_backend("agg")  # pictures go to files
     torch.manual_seed(arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.out / "convlstm.pt"
-    options = {"canvas": arguments.canvas, "frames": arguments.frames}
-    data = MovingDigits(**options, train=True, seed=arguments.seed)
-    test = MovingDigits(**options, train=False, seed=arguments.seed).batch(128)
+    checkpoint = arguments.load or arguments.out / "convlstm.pt"
 
-    print("training an ordinary ConvLSTM")
-    model = ConvLSTM(arguments.hidden)
-    train(model, data, arguments.steps, arguments.lr, arguments)
-    torch.save(model.state_dict(), checkpoint)
+    def videos(frames: int, *, training: bool, seed: int) -> MovingDigits:
+        return MovingDigits(arguments.canvas, frames, train=training, seed=seed)
+
+    longer = arguments.context + LONGER * (arguments.frames - arguments.context)
+    test = videos(arguments.frames, training=False, seed=arguments.seed).batch(128)
+    long = videos(longer, training=False, seed=arguments.seed).batch(64)
+    if arguments.load is None:
+        model = ConvLSTM(arguments.hidden)
+        data = videos(arguments.frames, training=True, seed=arguments.seed)
+        train("training", model, data, arguments.steps, arguments.lr, arguments)
+        torch.save(model.state_dict(), checkpoint)
+
+    blocks = {"gates": gate_blocks(arguments.hidden, gates=4, inputs=1)}
+    example = (test[:1], arguments.context)
+    annealed = max(1, round(arguments.annealed * arguments.finetune))
+    rows = {"true": long[0, 1:]}
+    curves: dict[str, list[float]] = {}
+    table: list[str] = []
 
     def pretrained() -> ConvLSTM:
         model = ConvLSTM(arguments.hidden)
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
         return model
 
-    model, plain = pretrained(), pretrained()
-    print(f"\n{'':<28}{'test loss':>10}{'defect':>10}")
-    rows = {"true": test[0, 1:]}
-    rows["pretrained"] = describe("pretrained", model, test, arguments.context)
-    parametrize.register_parametrization(plain.gates, "weight", ConvExponential())
-    describe("ConvExponential(), on 3x3", plain, test, arguments.context)
-    train(plain, data, arguments.finetune, arguments.finetune_lr, arguments)
-    describe("... fine-tuned", plain, test, arguments.context)
-    orthogonal(model.gates, domain=arguments.canvas)
-    rows["orthogonal"] = describe("orthogonal", model, test, arguments.context)
-    train(model, data, arguments.finetune, arguments.finetune_lr, arguments)
-    rows["fine-tuned"] = describe("orthogonal and fine-tuned", model, test, arguments.context)
-    picture = arguments.out / "moving_digits.png"
-    draw(picture, rows, arguments.context)
-    print(f"\nwrote {checkpoint} and {picture}")
+    def measure(title: str, model: ConvLSTM, seconds: float | None = None) -> None:
+        with torch.no_grad():
+            losses = [model.loss(video, arguments.context).item() for video in (test, long)]
+            rows[title] = model(long[:1], arguments.context)[0].sigmoid()
+        defect = max(row.defect for row in report(model, example, blocks=blocks).rows if "[" in row.name)
+        took = "" if seconds is None else f"{seconds:.0f} s"
+        table.append(f"{title:<12}{losses[0]:>12.4f}{losses[1]:>12.4f}{defect:>12.1e}{took:>8}")
+
+    model = pretrained()
+    print(f"\n{report(model, example, blocks=blocks)}\n")
+    measure("pretrained", model)
+    for title in ("original", "cliff", "annealed"):
+        model = pretrained()
+        if title != "original":
+            retrofit(model, example, select="gates", blocks=blocks, anneal=title == "annealed")
+        data = videos(arguments.frames, training=True, seed=arguments.seed + 1)
+        start = time.perf_counter()
+        curves[title] = train(
+            title, model, data, arguments.finetune, arguments.finetune_lr, arguments,
+            annealed if title == "annealed" else 0,
+        )  # fmt: skip
+        measure(title, model, time.perf_counter() - start)
+
+    print(f"\n{report(model, example)}\n")
+    predicted = arguments.frames - arguments.context
+    print(
+        f"{'':<12}{f'{predicted} frames':>12}{f'{LONGER * predicted} frames':>12}{'defect':>12}{'time':>8}"
+    )
+    print(*table, sep="\n")
+    print("(loss on unseen digits, in nats per pixel; the largest defect of the hidden-to-hidden blocks)")
+    pictures = arguments.out / "losses.png", arguments.out / "frames.png"
+    draw_losses(pictures[0], curves)
+    draw_frames(pictures[1], rows, arguments.context)
+    print(f"\nwrote {', '.join(map(str, (*([] if arguments.load else [checkpoint]), *pictures)))}")
 
 
 if __name__ == "__main__":

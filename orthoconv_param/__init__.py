@@ -2,9 +2,10 @@
 
 from . import functional
 from .conversion import orthogonal
-from .diagnostics import orthogonality_defect, singular_values
+from .diagnostics import orthogonality_defect, report, singular_values
 from .exponential import expm_skew
 from .parametrization import ConvExponential, generators
+from .retrofit import retrofit, set_orthogonality
 
 __all__ = [
     "ConvExponential",
@@ -13,5 +14,8 @@ __all__ = [
     "generators",
     "orthogonal",
     "orthogonality_defect",
+    "report",
+    "retrofit",
+    "set_orthogonality",
     "singular_values",
 ]

@@ -7,6 +7,7 @@ transform, or directly where that is faster.
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from math import ceil, gcd, log2, prod
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .blocks import Blocks
 from .exponential import HALF
 from .lattice import Lattice, Placement, Size, clip, cut, extend, fold, per_axis, surround
 from .parametrization import ConvExponential, no_autocast
@@ -103,47 +105,124 @@ def orthogonal(
         >>> orthogonality_defect(conv, domain=(20, 31)) < 1e-5
         True
     """
-    _check_module(module, name)
-    if boundary not in _BOUNDARIES:
-        raise ValueError(f"boundary should be one of {_BOUNDARIES}. Found {boundary!r}")
-    if domain is None or (isinstance(domain, str) and domain != "any"):
-        kind = TypeError if domain is None else ValueError
-        raise kind(f'domain should be "any", a size, or a tuple of sizes. Found {domain!r}')
-    conv: _Convolution = module
-    taps, stride = tuple(conv.weight.shape[2:]), conv.stride
-    # the dilation of a single tap says nothing
-    dilation = tuple(r if k > 1 else 1 for r, k in zip(conv.dilation, taps, strict=True))
-    start = origin(conv, taps, stride, dilation)
-    _check_existence(conv.weight.shape, stride, dilation, conv.groups)
+    conversion = Conversion.of(module, name, domain, boundary)
+    parametrization = ConvExponential(
+        conversion.torus, stride=conversion.stride, groups=conversion.groups, triv=triv, base=base
+    )
+    parametrization.placement = conversion.placement
+    conversion.install(parametrization)
+    return module
 
-    size: Size | None = None
-    torus: Size | Literal["any"] = "any"
-    inner = dilation
-    if domain == "any":
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a convolution is to be made orthogonal, once everything about it has been checked.
+
+    Args:
+        module: the convolution.
+        size: of the images, if it is given.
+        boundary: in which it is evaluated.
+        torus: on which the exponential is taken.
+        placement: of the generator's taps.
+        dilation: with which the kernel is applied.
+        stride: of the convolution.
+        groups: of what is exponentiated: the convolution's, or the blocks of its weight.
+    """
+
+    module: _Convolution
+    size: Size | None
+    boundary: str
+    torus: Size | Literal["any"]
+    placement: Placement
+    dilation: Size
+    stride: Size
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        name: str,
+        domain: int | Size | Literal["any"],
+        boundary: str,
+        part: tuple[int, int, int] | None = None,
+        small: bool = False,
+    ) -> "Conversion":
+        """Checks everything, and changes nothing.
+
+        Args:
+            module: as of `orthogonal`.
+            name: likewise.
+            domain: likewise.
+            boundary: likewise.
+            part: channels out and in, and groups, of the part of the weight that is to be orthogonal.
+            small: whether between zeros the domain may be smaller than the kernel, whose taps the torus
+                holds all the same.
+
+        Raises:
+            TypeError, ValueError: as `orthogonal` does.
+        """
+        _check_module(module, name)
+        if boundary not in _BOUNDARIES:
+            raise ValueError(f"boundary should be one of {_BOUNDARIES}. Found {boundary!r}")
+        if domain is None or (isinstance(domain, str) and domain != "any"):
+            kind = TypeError if domain is None else ValueError
+            raise kind(f'domain should be "any", a size, or a tuple of sizes. Found {domain!r}')
+        conv: _Convolution = module
+        taps, stride = tuple(conv.weight.shape[2:]), conv.stride
+        # the dilation of a single tap says nothing
+        dilation = tuple(r if k > 1 else 1 for r, k in zip(conv.dilation, taps, strict=True))
+        start = origin(conv, taps, stride, dilation)
+        out, cin, groups = part or (*conv.weight.shape[:2], conv.groups)
+        shape = (out, cin, *taps)
+        _check_existence(shape, stride, dilation, groups)
+
+        if domain != "any":
+            size = per_axis("domain", domain, len(taps))
+            placement = Placement(dilation, start)
+            folds = small and boundary == "zeros"
+            Lattice.of_kernel(shape, conv.weight.is_complex(), size, stride, groups, dilation, folds)
+            if max(taps) == 1:  # sees one frequency like any other: one coarse point, and no boundary
+                return cls(conv, size, "circular", stride, placement, dilation, stride, groups)
+            margin = tuple(e - 1 if boundary == "zeros" else 0 for e in placement.extent(taps))
+            torus = tuple(s * ceil((n + m) / s) for n, m, s in zip(size, margin, stride, strict=True))
+            ones = (1,) * len(taps)
+            return cls(conv, size, boundary, torus, placement, ones, stride, groups)
         # A compact kernel of undilated taps costs less than one of dilated taps. Dilated afterwards it
         # is orthogonal too, as long as that only permutes the stride's aliases.
         axes = zip(start, dilation, stride, strict=True)
         inner = tuple(1 if o % r == 0 and gcd(r, s) == 1 else r for o, r, s in axes)
-    outer = tuple(r // i for r, i in zip(dilation, inner, strict=True))
-    placement = Placement(inner, tuple(o // r for o, r in zip(start, outer, strict=True)))
-    if domain != "any":
-        size = per_axis("domain", domain, len(taps))
-        Lattice.of_kernel(conv.weight.shape, conv.weight.is_complex(), size, stride, conv.groups, dilation)
-        margin = tuple(e - 1 if boundary == "zeros" else 0 for e in placement.extent(taps))
-        torus = tuple(s * ceil((n + m) / s) for n, m, s in zip(size, margin, stride, strict=True))
-    parametrization = ConvExponential(torus, stride=stride, groups=conv.groups, triv=triv, base=base)
-    parametrization.placement = placement
+        outer = tuple(r // i for r, i in zip(dilation, inner, strict=True))
+        placement = Placement(inner, tuple(o // r for o, r in zip(start, outer, strict=True)))
+        return cls(conv, None, boundary, "any", placement, outer, stride, groups)
 
-    original = conv.__class__
-    conv.__class__ = _orthogonal_class(original)
-    try:
-        parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    except Exception:
-        conv.__class__ = original
-        raise
-    conv._size, conv._boundary = size, boundary
-    conv._dilation, conv._smallest = outer, None
-    return module
+    def install(self, parametrization: nn.Module) -> Callable[[], None]:
+        """Registers a parametrization, and has the module evaluated accordingly.
+
+        Returns:
+            What makes the module what it was again.
+        """
+        conv, original, parameters = self.module, self.module.__class__, dict(self.module._parameters)
+        value = conv.weight.detach().clone()
+
+        def undo() -> None:
+            conv.__class__ = original
+            for attribute in ("_size", "_boundary", "_dilation", "_smallest"):
+                conv.__dict__.pop(attribute, None)
+            conv._modules.pop("parametrizations", None)
+            conv._parameters.clear()
+            conv._parameters.update(parameters)
+            conv.weight.data = value
+
+        conv.__class__ = _orthogonal_class(original)
+        try:
+            parametrize.register_parametrization(conv, "weight", parametrization, unsafe=True)
+        except BaseException:
+            undo()
+            raise
+        conv._size, conv._boundary = self.size, self.boundary
+        conv._dilation, conv._smallest = self.dilation, None
+        return undo
 
 
 def _check_module(module: _Convolution, name: str) -> None:
@@ -302,16 +381,28 @@ class _Orthogonal(nn.Module):
 
     def _free(self) -> Tensor:
         """The parameter: the generator, or once the parametrization is removed the kernel."""
-        if parametrize.is_parametrized(self, "weight"):
-            return self.parametrizations.weight.original
-        return self.weight
+        if not parametrize.is_parametrized(self, "weight"):
+            return self.weight
+        stack = self.parametrizations.weight
+        return stack.original if stack.is_tensor else stack.original0
 
-    def _exponential(self) -> ConvExponential | None:
+    def _originals(self) -> Any:
+        """What the parametrization's spectrum is of."""
+        stack = self.parametrizations.weight
+        originals = tuple(getattr(stack, name) for name in self._names())
+        return originals[0] if stack.is_tensor else originals
+
+    def _names(self) -> list[str]:
+        """How torch calls them; the generator's comes first."""
+        stack = self.parametrizations.weight
+        return ["original"] if stack.is_tensor else [f"original{i}" for i in range(stack.ntensors)]
+
+    def _exponential(self) -> ConvExponential | Blocks | None:
         """The parametrization, if it alone makes the kernel."""
         if not parametrize.is_parametrized(self, "weight"):
             return None
         stack = self.parametrizations.weight
-        return stack[0] if len(stack) == 1 and isinstance(stack[0], ConvExponential) else None
+        return stack[0] if len(stack) == 1 and isinstance(stack[0], (ConvExponential, Blocks)) else None
 
     def _domain(self, x: Tensor, dtype: torch.dtype) -> Size:
         """The fine grid of this input."""
@@ -369,7 +460,7 @@ class _Orthogonal(nn.Module):
         """The operator's matrices on the torus on which it is evaluated for images on the domain."""
         exponential, free = self._exponential(), self._free()
         if exponential is not None and (self._size is not None or self._is_small(domain)):
-            lattice, M = exponential.spectrum(free, domain, self._dilation)
+            lattice, M = exponential.spectrum(self._originals(), domain, self._dilation)
             if not lattice.compact:
                 return lattice, M.to(torch.promote_types(free.dtype, torch.complex64))
         kernel, torus = self._once("kernel", self._kernel), domain
@@ -383,7 +474,9 @@ class _Orthogonal(nn.Module):
     def _is_small(self, domain: Size) -> bool:
         """Whether the exponential is to be taken on so small an image's own grid."""
         exponential = self._exponential()
-        if exponential is None or self._size is not None or self._boundary != "circular":
+        if not isinstance(exponential, ConvExponential):
+            return False
+        if self._size is not None or self._boundary != "circular":
             return False
         return exponential.fits(Lattice(domain, self.stride, self.groups, self._free().is_complex()))
 
@@ -392,19 +485,24 @@ class _Orthogonal(nn.Module):
         exponential, free = self._exponential(), self._free()
         if exponential is None:
             return self.weight.to(torch.promote_types(free.dtype, torch.float32))
-        lattice, M = exponential.spectrum(free)
+        lattice, M = exponential.spectrum(self._originals())
         return lattice.kernel(M).to(torch.promote_types(free.dtype, torch.float32))
 
     # Directly
 
     def _is_direct(self, domain: Size, batch: int) -> bool:
-        """Whether a direct convolution is faster, by Note [cost model]. One on a given domain never is."""
+        """Whether a direct convolution is faster, by Note [cost model].
+
+        One with as many taps as the domain has points never is.
+        """
         exponential = self._exponential()
         if exponential is None and parametrize.is_parametrized(self, "weight"):
             return False  # nobody knows its taps
-        if self._size is not None or self._is_small(domain):
-            return False
         taps = tuple(self.weight.shape[2:]) if exponential is None else exponential.taps
+        if self._size is not None:  # a single tap, or its phases
+            return any(k < n for k, n in zip(taps, self._size, strict=True))
+        if self._is_small(domain):
+            return False
         lattice = Lattice(domain, self.stride, self.groups, self._free().is_complex())
         sides = self.out_channels, self.in_channels
         sides = sides[::-1] if self.transposed else sides
@@ -438,6 +536,32 @@ class _Orthogonal(nn.Module):
 
     # Being a module
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As of any module. A checkpoint of the plain convolution means: start from these weights."""
+        exponential, stack = self._exponential(), prefix + "parametrizations.weight."
+        if exponential is not None and prefix + "weight" in state_dict:
+            W = state_dict.pop(prefix + "weight")
+            # what is not replaced stays
+            state_dict |= {stack + k: v for k, v in self.parametrizations.weight.state_dict().items()}
+            try:
+                X, buffers = exponential.preimage(W.to(self._free()))
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(f"While starting from {prefix}weight: {error}")
+            else:
+                originals = (X,) if isinstance(X, Tensor) else X
+                state_dict |= {stack + k: v for k, v in zip(self._names(), originals, strict=True)}
+                state_dict |= {f"{stack}0.{k}": v for k, v in buffers.items()}
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if exponential is not None:
+            generator = state_dict.get(stack + self._names()[0])
+            if isinstance(generator, Tensor):
+                exponential.loaded(generator)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module. When `remove_parametrizations` puts the kernel here, it settles the rest."""
         super().register_parameter(name, param)
@@ -446,6 +570,13 @@ class _Orthogonal(nn.Module):
             if "bias" in self._parameters:  # the order that it had
                 self._parameters["bias"] = self._parameters.pop("bias")
             self._settle(tuple(param.shape[2:]))
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As of any module. Of several frozen parameters `remove_parametrizations` makes a buffer."""
+        if name == "weight" and tensor is not None and "_dilation" in self.__dict__:
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            super().register_buffer(name, tensor, persistent)
 
     def _settle(self, taps: Size) -> None:
         """The attributes of a module with this kernel, and torch's own class if that computes the same."""

@@ -213,13 +213,33 @@ def polar_frame(X: Tensor) -> Tensor:
     The polar factor ``U V^H`` of the singular value decomposition is the nearest matrix with
     orthonormal columns (rows) in the Frobenius norm; the rest completes it. Not differentiable.
     """
+    return polar_decomposition(X.clone())[0]
+
+
+def polar_decomposition(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``X = Q P``, or ``P Q`` if it is wide, of the smaller Hermitian factor ``P = V diag(S) V^H``.
+
+    Square matrices are overwritten by their polar factors: memory for one spectrum less.
+
+    Returns:
+        `polar_frame` of ``X``, which contains ``Q``; ``V``; and ``S``, in descending order.
+    """
     rows, columns = X.shape[-2:]
+    k, m = min(rows, columns), max(rows, columns)
+    flat = X.reshape(prod(X.shape[:-2]), rows, columns)
+    frame = flat if rows == columns else flat.new_empty(len(flat), m, m)
+    V, S = flat.new_empty(len(flat), k, k), flat.new_empty(len(flat), k, dtype=X.dtype.to_real())
     with torch.no_grad():
-        U, _, Vh = torch.linalg.svd(X, full_matrices=True)
-        k = min(rows, columns)
-        if rows >= columns:
-            return torch.cat([U[..., :k] @ Vh, U[..., k:]], -1)
-        return torch.cat([U @ Vh[..., :k, :], Vh[..., k:, :]], -2)
+        for piece in _pieces(flat):
+            U, S[piece], Vh = torch.linalg.svd(flat[piece], full_matrices=True)
+            if rows >= columns:
+                frame[piece, :, :k], frame[piece, :, k:] = U[..., :k] @ Vh, U[..., k:]
+                V[piece] = Vh.mH
+            else:
+                frame[piece, :k], frame[piece, k:] = U @ Vh[..., :k, :], Vh[..., k:, :]
+                V[piece] = U
+    batch = X.shape[:-2]
+    return frame.reshape(*batch, m, m), V.reshape(*batch, k, k), S.reshape(*batch, k)
 
 
 # Scaling and squaring
@@ -335,14 +355,19 @@ def _in_chunks(function: Any, *tensors: Tensor) -> Tensor:
     shape = tensors[0].shape
     flat = [x.resolve_conj().reshape(prod(shape[:-2]), *shape[-2:]) for x in tensors]
     result = torch.empty_like(flat[0], memory_format=torch.contiguous_format)
-    if result.numel():
-        size = len(result)
-        if _may_wait(result.device):
-            size = max(1, _CHUNK_BYTES // (flat[0][0].numel() * flat[0].element_size()))
-        for start in range(0, len(result), size):
-            piece = slice(start, start + size)
-            result[piece] = function(*(x[piece] for x in flat))
+    for piece in _pieces(result):
+        result[piece] = function(*(x[piece] for x in flat))
     return result.reshape(shape)
+
+
+def _pieces(batch: Tensor) -> list[slice]:
+    """A batch of matrices cut into pieces of the size of a cache; off the CPU one piece."""
+    if not batch.numel():
+        return []
+    size = len(batch)
+    if _may_wait(batch.device):
+        size = max(1, _CHUNK_BYTES // (batch[0].numel() * batch.element_size()))
+    return [slice(start, start + size) for start in range(0, len(batch), size)]
 
 
 # Operators and their derivatives: see Note [operator and Function]

@@ -21,6 +21,7 @@ __all__ = [
     "compose",
     "conv_exp",
     "conv_log",
+    "gate_blocks",
     "identity",
     "nearest_orthogonal",
     "skew",
@@ -274,6 +275,36 @@ def spectral_conv(
         x, kernel = x.float(), kernel.float()
     spectrum = lattice.spectrum(kernel, Placement.centred(tuple(kernel.shape[2:]), dilations))
     return spectral.spectral_conv(x, spectrum, lattice, transposed).to(dtype)
+
+
+def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slice, slice]]:
+    """The hidden-to-hidden blocks of a recurrent cell's stacked weight, for `retrofit`.
+
+    The weight is of size ``(gates * hidden, inputs + hidden, *taps)``: gate after gate, each of the input's
+    channels followed by the state's.
+
+    Args:
+        hidden: channels of the state.
+        gates: that are stacked: 4 of a ConvLSTM; of a ConvGRU 3, or 2 and 1 where the candidate has a
+            convolution of its own.
+        inputs: channels of the input, which come before the state's; 0 of a convolution of the state alone.
+
+    Returns:
+        A pair of slices ``(out, in)`` for each gate.
+
+    Raises:
+        TypeError, ValueError: if these are not numbers of channels.
+
+    Example:
+        >>> from orthoconv_param import functional
+        >>> functional.gate_blocks(16, gates=2, inputs=3)
+        [(slice(0, 16, None), slice(3, 19, None)), (slice(16, 32, None), slice(3, 19, None))]
+    """
+    count("hidden", hidden)
+    count("gates", gates)
+    count("inputs", inputs + 1 if isinstance(inputs, int) and not isinstance(inputs, bool) else inputs)
+    across = slice(inputs, inputs + hidden)
+    return [(slice(gate * hidden, (gate + 1) * hidden), across) for gate in range(gates)]
 
 
 def polar(spectrum: Tensor, lattice: Lattice) -> Tensor:

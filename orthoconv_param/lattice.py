@@ -19,13 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, cos, pi, prod
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CHUNK = 2**17  # complex numbers that are transformed at once: a megabyte in single precision
+
 Size: TypeAlias = tuple[int, ...]
+Chosen = TypeVar("Chosen", Tensor, tuple[Tensor, ...])
 
 
 def centre(taps: int) -> int:
@@ -207,10 +210,29 @@ class Lattice:
         Returns:
             ``(groups, frequencies, out/groups, in/groups * s^d)``, complex.
         """
-        d = len(self.domain)
-        rows, columns = self.blocks(kernel.shape)
-        taps, axes = tuple(kernel.shape[2:]), tuple(range(2, d + 2))
-        placement = placement or Placement.centred(taps)
+        placement = placement or Placement.centred(tuple(kernel.shape[2:]))
+        # Some output channels at a time, so that they are transformed and transposed within the cache.
+        height, columns = self.blocks(kernel.shape)
+        portion = max(1, _CHUNK // (columns * self.frequencies))
+        if self.groups > 1:  # whole groups
+            portion = max(1, portion // height) * height
+        if portion >= len(kernel) or kernel.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._spectrum(kernel, placement, height).contiguous()
+        axis, pieces = (0 if self.groups > 1 else 2), kernel.split(portion)
+        if torch.is_grad_enabled() and kernel.requires_grad:
+            return torch.cat([self._spectrum(piece, placement, height) for piece in pieces], axis)
+        # each in its place, without a second copy of all of them
+        size, dtype = (self.groups, self.frequencies, height, columns), kernel.dtype.to_complex()
+        spectrum, first = kernel.new_empty(size, dtype=dtype), 0
+        for piece in pieces:
+            x = self._spectrum(piece, placement, height)
+            spectrum.narrow(axis, first, x.shape[axis]).copy_(x)
+            first += x.shape[axis]
+        return spectrum
+
+    def _spectrum(self, kernel: Tensor, placement: Placement, height: int) -> Tensor:
+        """`spectrum` of some of the output channels, of which a group has ``height``, as a view."""
+        taps, axes = tuple(kernel.shape[2:]), tuple(range(2, kernel.ndim))
         if self.is_complex:
             phases = self.phases(_wrap(kernel, self.domain, placement))
             spectrum = torch.fft.ifftn(phases, dim=axes, norm="forward")
@@ -221,8 +243,10 @@ class Lattice:
             else:
                 phases = _reverse(self.phases(_wrap(kernel, self.domain, placement)), axes)
             spectrum = torch.fft.rfftn(phases, dim=axes)
-        spectrum = spectrum.reshape(self.groups, rows, columns, self.frequencies)
-        return spectrum.movedim(-1, 1).contiguous()
+        matrices = spectrum.reshape(
+            -1, min(len(kernel), height), self.blocks(kernel.shape)[1], self.frequencies
+        )
+        return matrices.movedim(-1, 1)
 
     def kernel(self, spectrum: Tensor) -> Tensor:
         """The inverse of `spectrum`: the kernel ``(out, in/groups, *taps)`` of these matrices."""
@@ -241,18 +265,23 @@ class Lattice:
         padding = [p for e in reversed(extra) for p in (e, 0)]
         return F.pad(torch.roll(torus, origin, axes), padding)
 
-    def choose(self, choice: Callable[..., Tensor], *spectra: Tensor) -> Tensor:
+    def choose(self, choice: Callable[..., Chosen], *spectra: Tensor) -> Chosen:
         """``choice(*spectra)``, made once for each pair of frequencies ``+w, -w`` and conjugated.
 
-        Where a frequency is its own negative the arguments are real, and so is the choice. What
-        is not unique (a null space, a random matrix) then still belongs to a real kernel.
+        Where a frequency is its own negative the arguments are real, and so is the choice, of one
+        tensor or of several. What is not unique (a null space, a random matrix) then still belongs to
+        a real kernel.
         """
-        chosen = choice(*spectra)
         if self.is_complex:
-            return chosen
+            return choice(*spectra)
         own, first, second = _mirror(self.grid)
-        chosen[:, second] = chosen[:, first].conj()
-        chosen[:, own] = choice(*(x[:, own].real for x in spectra)).to(chosen.dtype)
+        real = choice(*(x[:, own].real for x in spectra))
+        chosen = choice(*spectra)  # which may overwrite them
+        pairs = [(chosen, real)] if isinstance(chosen, Tensor) else zip(chosen, real, strict=True)
+        for x, of_own in pairs:
+            for to, source in zip(second, first, strict=True):
+                x[:, to] = x[:, source].conj()
+            x[:, own] = of_own.to(x.dtype)
         return chosen
 
     def resolution(self, points: Size) -> "Lattice":
@@ -356,6 +385,17 @@ def extend(images: Tensor, size: Size) -> Tensor:
     """Images continued by zeros to a size."""
     missing = [n - have for n, have in zip(size, images.shape[2:], strict=True)]
     return F.pad(images, [p for m in missing[::-1] for p in (0, m)])
+
+
+def crop(kernel: Tensor, taps: Size, placement: Placement | None = None) -> Tensor:
+    """Of a centred kernel with a tap for each point of a torus, those of a smaller kernel there."""
+    placement = placement or Placement.centred(taps)
+    axes = zip(taps, placement.dilation, placement.origin, strict=True)
+    for axis, (k, r, origin) in enumerate(axes, start=2):
+        n = kernel.shape[axis]
+        index = (centre(n) - origin + r * torch.arange(k, device=kernel.device)) % n
+        kernel = kernel.index_select(axis, index)
+    return kernel
 
 
 def surround(images: Tensor, before: Size, after: Size) -> Tensor:

@@ -9,10 +9,9 @@ On a lattice with spectra ``X`` (generator) and ``B`` (base), padded to ``m x m`
 at each frequency. ``exp`` may be another map from skew to unitary matrices.
 """
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from math import ceil, inf, isfinite, log2
-from typing import Any, Literal
+from math import ceil, inf, isfinite, isqrt, log2
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +106,7 @@ class ConvExponential(nn.Module):
 
     base: Tensor | None
     _reference: Tensor | None
+    _unitary: ClassVar[tuple[str, ...]] = ("base",)  # the buffers of unitary matrices
 
     def __init__(
         self,
@@ -158,6 +158,7 @@ class ConvExponential(nn.Module):
         self.level: float | None = None
         self.degree: int | None = None
         self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+        self._waits = False  # for the device, the next time that it reads the norm
         self._has_base = domain != "any" if base is None else base
         # The base's spectrum as real numbers, (groups, frequencies, 2 m^2): `Module.to` drops the imaginary
         # part of complex buffers, and gives those of 4 or 5 axes a memory format.
@@ -215,7 +216,7 @@ class ConvExponential(nn.Module):
         elif X.shape != self.size:
             raise ValueError(f"the generator should be of size {tuple(self.size)}. Found {tuple(X.shape)}")
         with no_autocast(X.device.type):
-            kernel = unpack(_precise(X))
+            kernel = unpack(precise(X))
             tol = 1.0
             if self.domain == "any":
                 self._follow_norm(kernel)
@@ -239,7 +240,7 @@ class ConvExponential(nn.Module):
             A = _square_skew(lattice.spectrum(kernel, placement))
             Q = trivializations.trivialization(self.triv)(A)[..., :rows, :columns]
             if self.base is not None:
-                base = _unpacked(self.base, max(rows, columns)).to(Q.dtype)
+                base = unpacked(self.base).to(Q.dtype)
                 Q = base @ Q if rows >= columns else Q @ base
             if Q.dtype == torch.complex64 and 10 * error > tol:
                 Q = refine(Q)
@@ -271,32 +272,46 @@ class ConvExponential(nn.Module):
             geotorch.exceptions.InManifoldError: if it is to be orthogonal and is not, or if no generator
                 reaches it.
         """
+        if check_in_manifold and self.domain == "any":
+            raise ValueError('check_in_manifold should be False with domain="any": W is a generator')
+        if check_in_manifold:
+            self._check(W)
+            if not semi_orthogonal(self._spectrum_of(W)[1], 1e-4):
+                raise InManifoldError(W, self)
+        generator, buffers = self.preimage(W)
+        for name, value in buffers.items():
+            old = getattr(self, name)
+            setattr(self, name, value if old is None else old.copy_(value))
+        self._adopt(generator)
+        if self.domain == "any":
+            self._follow_norm(precise(W))
+        return generator
+
+    @torch.no_grad()
+    def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator that `right_inverse` returns, and the buffers that it sets; nothing is changed.
+
+        Raises:
+            TypeError, ValueError, geotorch.exceptions.InManifoldError: as `right_inverse` does.
+        """
         self._check(W)
+        if self.domain == "any":
+            return pack(precise(W)).to(W.dtype), {}
+        zero = W.new_zeros(W.shape if self.size is None else self.size)
+        lattice, spectrum = self._spectrum_of(W)
+        if not self._has_base:
+            return self._logarithm(W, lattice, polar(spectrum, lattice)), {}
+        return zero, self._buffers_of(lattice, spectrum)
+
+    def _spectrum_of(self, W: Tensor) -> tuple[Lattice, Tensor]:
         size = W.shape if self.size is None else self.size
         # A generator's taps stand where it says; a kernel that was read from the weight is centred.
         placement = self.placement if self.size is None or W.shape != self._weight_size() else None
-        if self.domain == "any":
-            if check_in_manifold:
-                raise ValueError('check_in_manifold should be False with domain="any": W is a generator')
-            generator = pack(_precise(W)).to(W.dtype)
-            self._adopt(W)
-            self._follow_norm(_precise(W))
-            return generator
         lattice = self._lattice(size, W.is_complex())
-        spectrum = lattice.spectrum(_precise(W), placement)
-        if check_in_manifold and not semi_orthogonal(spectrum, 1e-4):
-            raise InManifoldError(W, self)
-        if self._has_base:
-            base = _packed(lattice.choose(polar_frame, spectrum))
-            if self.base is None:
-                self.base = base
-            else:
-                self.base.copy_(base)
-            generator = W.new_zeros(size)
-        else:
-            generator = self._logarithm(W, lattice, polar(spectrum, lattice))
-        self._adopt(generator)
-        return generator
+        return lattice, lattice.spectrum(precise(W), placement)
+
+    def _buffers_of(self, lattice: Lattice, spectrum: Tensor) -> dict[str, Tensor]:
+        return {"base": packed(lattice.choose(polar_frame, spectrum))}
 
     def in_manifold(self, W: Tensor, eps: float = 1e-4) -> bool:
         """Whether ``W`` is an orthogonal kernel on the domain, to ``eps`` in each entry of ``W^H W``.
@@ -317,7 +332,7 @@ class ConvExponential(nn.Module):
             lattice = lattice.resolution(points)
         elif W.shape[2:] != lattice.domain:
             return False
-        return semi_orthogonal(lattice.spectrum(_precise(W)), eps)
+        return semi_orthogonal(lattice.spectrum(precise(W)), eps)
 
     @torch.no_grad()
     def sample(self, distribution: str = "uniform", init_: Any = None) -> Tensor:
@@ -355,8 +370,7 @@ class ConvExponential(nn.Module):
             )  # fmt: skip
         rows, columns = lattice.blocks(size)
         m = max(rows, columns)
-        precise = _precise(reference)
-        dtype = torch.promote_types(precise.dtype, torch.complex64)
+        dtype = torch.promote_types(precise(reference).dtype, torch.complex64)
         empty = torch.empty(self.groups, lattice.frequencies, m, m, dtype=dtype, device=reference.device)
         if distribution == "uniform":
             Q = lattice.choose(_haar, empty)
@@ -501,7 +515,8 @@ class ConvExponential(nn.Module):
 
     def _read(self, bound: Tensor) -> float | None:
         """The value of a scalar; on a GPU the last one that has arrived, without waiting for it."""
-        if not bound.is_cuda or self.degree is None:
+        if not bound.is_cuda or self.degree is None or self._waits:
+            self._waits = False
             return float(bound)
         arrived = None
         if self._in_flight is not None and self._in_flight[1].query():
@@ -514,28 +529,33 @@ class ConvExponential(nn.Module):
             self._in_flight = host, event
         return arrived
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.domain == "any" and self.size is not None:
-            self._in_flight = None
-            generator = state_dict.get(prefix.rsplit(".", 2)[0] + ".original")
-            if isinstance(generator, Tensor) and generator.shape == self.size:
-                assert self._reference is not None
-                self._follow_norm(unpack(_precise(generator.to(self._reference.dtype))))
+    def loaded(self, generator: Tensor) -> None:
+        """That this generator has been loaded: with ``domain="any"`` it sets ``K``."""
+        size, reference = self._registered()
+        if self.domain == "any" and generator.shape == size:
+            self._in_flight, self._waits = None, True
+            self._follow_norm(unpack(precise(generator.detach().to(reference.device, reference.dtype))))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # The generator is the parent's: at the next forward its norm is read, whatever that waits for.
+        self._in_flight, self._waits = None, True
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ConvExponential":
-        base = self.base
+        old = dict(self._buffers)
         super()._apply(fn, recurse)
-        if base is not None and self.base is not None:
-            moved = self.base
-            dtype = torch.promote_types(moved.dtype.to_real(), torch.float32)
-            if moved.dtype != dtype:  # never below float32, nor complex
-                self.base = base.to(moved.device, dtype)
-            if torch.finfo(dtype).eps < torch.finfo(base.dtype).eps and not self.base.is_meta:
+        for name, before in old.items():
+            after = self._buffers[name]
+            if name == "_reference" or before is None or after is None:
+                continue
+            dtype = torch.promote_types(after.dtype.to_real(), torch.float32)
+            if after.dtype != dtype:  # never below float32, nor complex
+                after = self._buffers[name] = before.to(after.device, dtype)
+            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps
+            if rises and name in self._unitary and not after.is_meta:
                 size, reference = self._registered()
                 lattice = self._lattice(size, reference.is_complex())
-                spectrum = _unpacked(self.base, max(lattice.blocks(size)))
-                self.base = _packed(lattice.choose(polar_frame, spectrum))
+                self._buffers[name] = packed(lattice.choose(polar_frame, unpacked(after)))
         if self.level is not None:
             self._in_flight = None
             self._set_level(self.level)  # the tolerance may have changed
@@ -552,7 +572,8 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
         model: any module.
 
     Returns:
-        Each parameter once, in the order of ``model.modules()``.
+        Each parameter once, in the order of ``model.modules()``. Of a weight of which only blocks are
+        orthogonal, theirs: the rest of it is an ordinary parameter.
 
     Example:
         >>> import torch
@@ -565,15 +586,16 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
         >>> rest = [p for p in model.parameters() if all(p is not g for g in slow)]
         >>> optimizer = torch.optim.Adam([{"params": slow, "lr": 1e-4}, {"params": rest}], lr=1e-3)
     """
-    lists: Iterable[ParametrizationList] = (
-        m for m in model.modules() if isinstance(m, ParametrizationList)
-    )
-    found = {
-        id(parameter): parameter
-        for parametrizations in lists
-        if any(isinstance(p, ConvExponential) for p in parametrizations)
-        for parameter in parametrizations.parameters(recurse=False)
-    }
+    found: dict[int, nn.Parameter] = {}
+    for parametrizations in model.modules():
+        if not isinstance(parametrizations, ParametrizationList):
+            continue
+        free = list(parametrizations.parameters(recurse=False))
+        if not any(isinstance(p, ConvExponential) for p in parametrizations):
+            # one that has the exponential as a part takes the generator first
+            inside = any(isinstance(p, ConvExponential) for p in parametrizations.modules())
+            free = free[:1] if inside else []
+        found |= {id(parameter): parameter for parameter in free}
     return list(found.values())
 
 
@@ -591,15 +613,19 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _packed(spectrum: Tensor) -> Tensor:
-    return torch.view_as_real(spectrum.contiguous()).flatten(2)
+def packed(spectrum: Tensor) -> Tensor:
+    """Square matrices at each frequency as the real numbers ``(groups, frequencies, 2 m^2)``."""
+    return torch.view_as_real(spectrum.resolve_conj().contiguous()).flatten(2)
 
 
-def _unpacked(base: Tensor, m: int) -> Tensor:
-    return torch.view_as_complex(base.unflatten(-1, (m, m, 2)))
+def unpacked(numbers: Tensor) -> Tensor:
+    """The inverse of `packed`."""
+    m = isqrt(numbers.shape[-1] // 2)
+    return torch.view_as_complex(numbers.unflatten(-1, (m, m, 2)))
 
 
-def _precise(X: Tensor) -> Tensor:
+def precise(X: Tensor) -> Tensor:
+    """In single precision at least."""
     return X.float() if X.dtype in HALF else X
 
 

@@ -2,10 +2,19 @@ import copy
 
 import pytest
 import torch
+from models import ConvLSTM, Residual
 from oracles import defect, dense, operator, random
 from torch import nn
 
-from orthoconv_param import orthogonal, orthogonality_defect, singular_values
+from orthoconv_param import (
+    orthogonal,
+    orthogonality_defect,
+    report,
+    retrofit,
+    set_orthogonality,
+    singular_values,
+)
+from orthoconv_param.functional import gate_blocks
 
 CASES = [
     ((3, 2, 3), (8,), (1,), 1),
@@ -105,3 +114,128 @@ def test_bad_input_is_named(error, convolution, domain, options, message):
     for function in (singular_values, orthogonality_defect):
         with pytest.raises(error, match=message):
             function(convolution, domain, **options)
+
+
+# Tables
+
+
+def extremes(values):
+    return values.min().item(), values.max().item()
+
+
+def test_a_row_says_what_the_operator_does():
+    model, x = Residual("circular").double(), random(2, 3, 8, 8)
+    rows = {row.name: row for row in report(model, x).rows}
+    assert list(rows) == ["stem", "first", "down", "shortcut", "last"]
+    for name, row in rows.items():
+        module = getattr(model, name)
+        size = (4, 4) if name == "last" else (8, 8)
+        values = torch.linalg.svdvals(operator(module, size))
+        assert row.domain == row.torus == size
+        assert (row.smallest, row.largest) == pytest.approx(extremes(values), abs=1e-12)
+        assert row.defect == pytest.approx(defect(operator(module, size)))
+        assert (row.parametrized, row.t) == ("no", None)
+        assert row.parameters == sum(p.numel() for p in module.parameters())
+    assert sum(row.share for row in rows.values()) == pytest.approx(
+        1 - 8 / sum(p.numel() for p in model.parameters())
+    )
+
+
+@pytest.mark.parametrize("domain", ["any", 8])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("make", [nn.Conv1d, orthogonal])
+def test_zero_padding_is_a_part_of_the_operator_of_the_row(make, stride, domain):
+    torch.manual_seed(0)
+    conv = nn.Conv1d(2, 3, 5, stride, padding=2, dtype=torch.float64)
+    if make is orthogonal:
+        orthogonal(conv, domain=domain, boundary="zeros")
+    (row,) = report(conv, random(1, 2, 8)).rows
+    assert all(n >= 8 + 4 and n % stride == 0 for n in row.torus)
+    W = conv.weight.detach()
+    inside = operator(conv, (8,))
+    exact = torch.linalg.svdvals(dense(W, row.torus, (stride,)))
+    assert (row.smallest, row.largest) == pytest.approx(extremes(exact), abs=1e-12)
+    assert torch.linalg.svdvals(inside).max() <= row.largest + 1e-12
+    if make is orthogonal:
+        assert row.defect < 1e-11
+        assert (row.parametrized, row.t) == ("yes", 1)
+
+
+def test_rows_of_blocks_before_and_after():
+    blocks = {"gates": gate_blocks(4, 4, 2)}
+    model, x = ConvLSTM("circular").double(), random(2, 3, 2, 6, 5)
+    before = report(model, x, blocks=blocks)
+    weight = model.gates.weight.detach()
+    names = ["gates", *(f"gates[{4 * i}:{4 * i + 4}, 2:6]" for i in range(4)), "draw"]
+    assert [row.name for row in before.rows] == names
+    for row, block in zip(before.rows[1:5], blocks["gates"], strict=True):
+        assert row.defect == pytest.approx(defect(dense(weight[block], (6, 5))))
+        assert row.parametrized == "no"
+    retrofit(model, x, select="gates", blocks=blocks)
+    set_orthogonality(model, 0.25)
+    rows = report(model, x).rows
+    assert [row.name for row in rows] == names
+    assert [(row.parametrized, row.t) for row in rows] == [
+        ("blocks", 0.25),
+        *[("yes", 0.25)] * 4,
+        ("no", None),
+    ]
+    for old, new in zip(before.rows[1:5], rows[1:5], strict=True):
+        assert new.smallest == pytest.approx(old.smallest**0.75)
+        assert new.largest == pytest.approx(old.largest**0.75)
+    assert [row.parameters for row in rows] == [old.parameters for old in before.rows]
+    table = str(report(model, x)).splitlines()
+    assert table[0].split() == [
+        *(
+            "name",
+            "convolution",
+            "domain",
+            "smallest",
+            "largest",
+            "defect",
+            "parametrized",
+            "t",
+            "parameters",
+        )
+    ]
+    assert len(table) == 8
+    assert len({len(line) for line in table}) == 1
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mirrored = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
+        self.valid = nn.Conv2d(1, 2, 3)
+        self.unused = nn.Conv2d(1, 1, 3)
+        self.several = nn.Conv2d(2, 1, 1)
+        self.large = nn.Conv2d(2, 2, 3, padding=1, padding_mode="replicate")
+
+    def forward(self, x):
+        x = self.valid(self.mirrored(x))
+        return self.several(x), self.several(self.large(x.repeat(1, 1, 5, 5)))
+
+
+def test_rows_of_what_is_not_periodic():
+    model = Odd().double()
+    rows = report(model, random(1, 1, 8, 7)).rows
+    text = str(report(model, random(1, 1, 8, 7)))
+    by_name = {row.name: row for row in rows}
+    values = torch.linalg.svdvals(operator(model.mirrored, (8, 7)))
+    assert (by_name["mirrored"].smallest, by_name["mirrored"].largest) == pytest.approx(extremes(values))
+    valid = torch.linalg.svdvals(operator(model.valid, (8, 7)))
+    assert valid.max() <= by_name["valid"].largest
+    assert by_name["unused"].domain is None
+    assert by_name["unused"].defect != by_name["unused"].defect  # nan
+    assert [row.domain for row in rows if row.name == "several"] == [(6, 5), (30, 25)]
+    assert by_name["large"].largest != by_name["large"].largest
+    assert "not reached" in text
+    assert "?" in text
+
+
+def test_bad_blocks_of_a_report():
+    model, x = ConvLSTM("zeros"), random(1, 2, 2, 4, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="blocks should name convolutions"):
+        report(model, x, blocks={"gate": gate_blocks(4, 4, 2)})
+    with pytest.raises(ValueError, match="blocks should be square"):
+        report(model, x, blocks={"gates": gate_blocks(4, 4, 3)})

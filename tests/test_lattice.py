@@ -4,7 +4,10 @@ import pytest
 import torch
 from oracles import dense, hartley, phases_first, random
 
-from orthoconv_param.lattice import Lattice, Placement, centre, pack, per_axis, sampling, unpack
+from orthoconv_param import lattice as lattice_module
+from orthoconv_param.lattice import Lattice, Placement, centre, crop, pack, per_axis, sampling, unpack
+
+close = torch.testing.assert_close
 
 GEOMETRIES = [  # channels out, in, taps, domain, stride, groups
     (2, 3, (3,), (8,), (1,), 1),
@@ -156,3 +159,38 @@ def test_what_does_not_fit_is_named(error, arguments, message):
     with pytest.raises(ValueError, match="a convolution's kernel"):
         Lattice.of_kernel((4, 4), False)
     assert per_axis("stride", 2, 3) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": (2, 1)}, {"groups": 3}, {"is_complex": True}])
+@pytest.mark.parametrize("grad", [True, False])
+def test_spectra_in_pieces_are_those_at_once(geometry, grad, monkeypatch):
+    lattice = Lattice(
+        (6, 5), geometry.get("stride", (1, 1)), geometry.get("groups", 1), "is_complex" in geometry
+    )
+    dtype = torch.complex128 if lattice.is_complex else torch.float64
+    kernels, tangent = random(3, 12, 4, 3, 3, dtype=dtype), random(12, 4, 3, 3, dtype=dtype, seed=1)
+    outcomes = []
+    for chunk in (2**17, 1, 200):
+        monkeypatch.setattr(lattice_module, "_CHUNK", chunk)
+        with torch.set_grad_enabled(grad):
+            spectrum = lattice.spectrum(kernels[0])
+            assert spectrum.is_contiguous()
+            jvp = torch.func.jvp(lattice.spectrum, (kernels[0],), (tangent,))[1]
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(kernels[0], tangent)
+                legacy = torch.autograd.forward_ad.unpack_dual(lattice.spectrum(dual)).tangent
+            vmap = torch.func.vmap(lattice.spectrum)(kernels)
+        kernel = kernels[0].clone().requires_grad_()
+        gradient = torch.autograd.grad(lattice.spectrum(kernel).abs().square().sum(), kernel)[0]
+        outcomes.append((spectrum, jvp, legacy, vmap, gradient))
+    for pieces in outcomes[1:]:
+        for one, other in zip(pieces, outcomes[0], strict=True):
+            close(one, other)
+
+
+def test_cropping_gives_back_what_was_embedded():
+    kernel = random(2, 3, 3, 2)
+    for placement in (None, Placement((2, 1), (3, 0)), Placement((1, 3), (0, 3))):
+        lattice = Lattice((7, 6), (1, 1))
+        torus = lattice.kernel(lattice.spectrum(kernel, placement))
+        close(crop(torus, (3, 2), placement), kernel)

@@ -1,0 +1,455 @@
+r"""`retrofit`: the convolutions of a trained model become orthogonal, at once or by degrees.
+
+With the polar decomposition ``W = Q P`` of a pretrained operator at each frequency (``Q`` has singular
+values 1, ``P = V diag(S) V^H``),
+
+    W_t = Q exp(skew(X)) P^(1 - t)
+
+is the pretrained operator at ``t = 0`` and ``X = 0``, and orthogonal at ``t = 1`` whatever the generator
+``X``. (With ``W = U S V^H`` it is ``U exp(A) S^(1 - t) V^H``, where ``A = V^H skew(X) V``. In its own basis
+the generator has few taps, and does not depend on how a singular value decomposition was chosen.)
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .blocks import Block, Blocks, resolve_blocks
+from .conversion import CONVOLUTIONS, Conversion
+from .exponential import polar_decomposition
+from .lattice import Lattice, Size
+from .parametrization import ConvExponential, no_autocast, packed, unpacked
+
+_Model = TypeVar("_Model", bound=nn.Module)
+Select: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+class Annealed(ConvExponential):
+    """`ConvExponential` on a given domain, on its way from a pretrained kernel to an orthogonal one.
+
+    ``t`` is a buffer, so that checkpoints hold it. At ``t < 1`` assigning a kernel starts from it, at
+    ``t = 0``; at ``t = 1`` the nearest orthogonal one is taken, as ever.
+    """
+
+    t: Tensor | None  # None once annealing has ended
+    directions: Tensor | None
+    values: Tensor | None
+    _unitary: ClassVar[tuple[str, ...]] = ("base", "directions")
+
+    def __init__(self, domain: Size, *, stride: Size, groups: int) -> None:
+        super().__init__(domain, stride=stride, groups=groups)
+        self.register_buffer("t", torch.zeros(()))
+        self.register_buffer("directions", None)
+        self.register_buffer("values", None)
+
+    @property
+    def progress(self) -> float:
+        """``t``, and 1 once annealing has ended."""
+        return 1.0 if self.t is None else float(self.t)
+
+    def end(self) -> None:
+        """Drops what is not needed once ``t`` is 1."""
+        self.t = self.directions = self.values = None
+
+    def spectrum(
+        self, X: Tensor, domain: Size | None = None, dilation: Size = ()
+    ) -> tuple[Lattice, Tensor]:
+        """As of `ConvExponential`, times ``P^(1 - t)``, which is on the left of wide matrices."""
+        lattice, Q = super().spectrum(X, domain, dilation)
+        if self.t is None:
+            return lattice, Q
+        assert self.directions is not None
+        assert self.values is not None
+        with no_autocast(X.device.type):
+            V = unpacked(self.directions).to(Q.dtype)
+            powers = self.values.unsqueeze(-2) ** (1 - self.t)
+            if Q.shape[-2] >= Q.shape[-1]:
+                return lattice, (Q @ V * powers) @ V.mH
+            return lattice, (V * powers) @ (V.mH @ Q)
+
+    @torch.no_grad()
+    def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
+        """As of `ConvExponential` at ``t = 1``. Before, the kernel is ``W`` itself, and ``t`` 0 again."""
+        arrived = self.progress == 1
+        generator = super().right_inverse(W, check_in_manifold)
+        if arrived and self.t is not None:
+            self.t.fill_(1)
+        return generator
+
+    def _buffers_of(self, lattice: Lattice, spectrum: Tensor) -> dict[str, Tensor]:
+        frame, V, S = lattice.choose(polar_decomposition, spectrum)
+        buffers = {"base": packed(frame)}
+        if self.t is None:
+            return buffers
+        info = torch.finfo(S.dtype)
+        floor = (info.eps * S.amax()).clamp(min=info.tiny)
+        return buffers | {
+            "directions": packed(V),
+            "values": S.clamp(min=floor),
+            "t": torch.zeros_like(self.t),
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "base" in state_dict:  # annealing has ended where it had ended
+            for name in ("t", "directions", "values"):
+                value = state_dict.get(prefix + name)
+                if value is None:
+                    setattr(self, name, None)
+                elif getattr(self, name) is None and self.base is not None:
+                    like = torch.empty_like(value, dtype=self.base.dtype, device=self.base.device)
+                    setattr(self, name, like)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """What ``print`` says of it."""
+        return super().extra_repr() + ("" if self.t is None else f", t={self.progress:.3g}")
+
+
+def retrofit(
+    model: _Model,
+    example_inputs: Any,
+    *,
+    select: Select | None = None,
+    blocks: Mapping[str, Iterable[Block]] | None = None,
+    boundary: Literal["circular", "zeros"] | None = None,
+    anneal: bool = True,
+) -> _Model:
+    r"""Makes the convolutions of a trained model orthogonal, starting from their pretrained weights.
+
+    The model is run once, to see the size of the images that each convolution is fed; there its operator
+    is made `orthogonal`. With ``anneal=True`` the model still computes what it did, and
+    ``set_orthogonality(model, t)`` takes it from the pretrained operators, ``t = 0``, to orthogonal ones,
+    ``t = 1``, while it is trained:
+
+    .. math:: U \exp(A)\, S^{1-t}\, V^H \quad\text{at each frequency,}
+
+    where ``U S V^H`` is the pretrained operator, and ``A`` the generator's skew part, in the basis ``V``.
+
+    With ``anneal=False`` it starts at the nearest orthogonal operators: that destroys much of what was
+    learned.
+
+    Args:
+        model: any module. Its convolutions' paddings should keep the size.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dict of
+            keyword arguments. It is called in evaluation mode, without gradients, and its buffers and the
+            random numbers are as before afterwards.
+        select: which convolutions: names as in ``model.named_modules()``, with ``*`` and ``?``, or a
+            function of ``(name, module)``. Default: all of them.
+        blocks: for convolutions by name, with ``*`` and ``?``: the blocks of the weight that are to be
+            orthogonal, pairs of slices ``(out, in)`` of its first two axes, all square and alike. The rest
+            of the weight stays free. `functional.gate_blocks` gives those of recurrent cells.
+        boundary: ``"circular"`` or ``"zeros"``. Default: each convolution's own.
+        anneal: whether to start from the pretrained operators themselves.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: if something is selected that is no convolution, that `orthogonal` refuses,
+            that the example does not reach, or reaches with images of several sizes; if padding mirrors or
+            repeats the image (no orthogonal operator does); if a weight is shared with another module; if
+            ``blocks`` are not as above. Each convolution is named, and the model is as before.
+
+    **Optimizers.** A weight that becomes orthogonal as a whole stays the same parameter: an optimizer that
+    was made before trains it on (its momenta are of the weights, though, so a new one starts cleaner). With
+    ``blocks`` a weight becomes two parameters, generator and rest: an optimizer that was made before, and
+    was not told, raises ``RuntimeError`` at its next step. Make a new one, or
+    ``optimizer.add_param_group({"params": ...})`` with the new parameters; `generators` gives those that
+    may want a learning rate of their own.
+
+    **Checkpoints** of the retrofitted model hold ``t``, and load into a model retrofitted alike. One
+    of the plain model loads too, and means: start from these weights, at ``t = 0``.
+
+    Cost: one call of the model, and for each convolution one singular value decomposition for each
+    frequency. Twice its spectrum is kept on the domain, once if it is not annealed. A step costs
+    that of `orthogonal` and, until annealing has ended, two more products of matrices.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from orthoconv_param import orthogonality_defect, retrofit, set_orthogonality
+        >>> model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.ReLU())
+        >>> x = torch.randn(1, 4, 16, 16)
+        >>> before = model(x)
+        >>> model = retrofit(model, x)
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+        >>> for t in (0.25, 0.5, 0.75, 1):
+        ...     set_orthogonality(model, t)  # and train on
+        >>> orthogonality_defect(model[0], 16) < 1e-5
+        True
+    """
+    if boundary not in (None, "circular", "zeros"):
+        raise ValueError(f'boundary should be None, "circular" or "zeros". Found {boundary!r}')
+    if not isinstance(anneal, bool):
+        raise TypeError(f"anneal should be True or False. Found {anneal!r}")
+    chosen = _selected(model, select)
+    stacked = by_name(blocks or {}, chosen)
+    seen = sizes(model, example_inputs)
+    plans, problems = [], []
+    for name, module in chosen.items():
+        try:
+            _check_shared(model, module)
+            plans.append(_plan(module, seen.get(module, []), stacked.get(name), boundary, anneal))
+        except (TypeError, ValueError) as error:
+            problems.append((name, error))
+    if problems:
+        kind = TypeError if all(isinstance(e, TypeError) for _, e in problems) else ValueError
+        said = "\n".join(f"  {name or 'the model itself'}: {error}" for name, error in problems)
+        raise kind(f"select should leave out the convolutions that cannot be made orthogonal:\n{said}")
+
+    weights = [conversion.module.weight for conversion, _ in plans]
+    undo: list[Callable[[], None]] = []
+    try:
+        for conversion, parametrization in plans:
+            undo.append(conversion.install(parametrization))
+    except BaseException:
+        for step in undo:
+            step()
+        raise
+    for name, module, weight in zip(chosen, chosen.values(), weights, strict=True):
+        parameters = list(module.parametrizations.weight.parameters(recurse=False))
+        if all(weight is not parameter for parameter in parameters):
+            _replaced.append(_Replaced(f"{name}.weight".lstrip("."), weight, parameters))
+    return model
+
+
+def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> None:
+    r"""Moves all convolutions that `retrofit` anneals between pretrained, 0, and orthogonal, 1.
+
+    Their singular values become :math:`S^{1-t}`; generators and the parameters of an optimizer stay.
+
+    Args:
+        model: a retrofitted model.
+        t: from 0 to 1.
+        final: whether annealing ends here, with ``t = 1``: what only served it is dropped. The convolutions
+            stay orthogonal from then on.
+
+    Raises:
+        TypeError, ValueError: if ``t`` is not from 0 to 1, or is not 1 with ``final``; if no
+            convolution of the model is being annealed.
+    """
+    if isinstance(t, bool) or not isinstance(t, (int, float)):
+        raise TypeError(f"t should be a number. Found {t!r}")
+    if not 0 <= t <= 1:
+        raise ValueError(f"t should be from 0 to 1. Found {t!r}")
+    if final and t != 1:
+        raise ValueError(f"t should be 1 with final=True. Found {t!r}")
+    annealed = [m for m in model.modules() if isinstance(m, Annealed) and m.t is not None]
+    if not annealed:
+        raise ValueError(
+            "model should have convolutions that are being annealed: those of retrofit(..., anneal=True), "
+            "until final=True. Found none"
+        )
+    for exponential in annealed:
+        assert exponential.t is not None
+        exponential.t.fill_(t)
+        if final:
+            exponential.end()
+
+
+def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
+    """The sizes of the images that each convolution of a model takes of an example.
+
+    Of a transposed convolution, of those that it gives if it keeps the size: its domain.
+    """
+    seen: dict[nn.Module, list[Size]] = {}
+
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        size = tuple(x.shape[-len(module.kernel_size) :])
+        if module.transposed:
+            size = tuple(n * s for n, s in zip(size, module.stride, strict=True))
+        known = seen.setdefault(module, [])
+        if size not in known:
+            known.append(size)
+
+    hooks = [
+        module.register_forward_pre_hook(record, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, CONVOLUTIONS)
+    ]
+    try:
+        with _undisturbed(model), torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            elif isinstance(example_inputs, (tuple, list)):
+                model(*example_inputs)
+            else:
+                model(example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; modes, buffers and random numbers are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        if not isinstance(module, (ConvExponential, Blocks))
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    try:
+        for module in modes:
+            module.training = False
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(value)
+
+
+def _selected(model: nn.Module, select: Select | None) -> dict[str, Any]:
+    """The convolutions that are selected, each once, by name.
+
+    Raises:
+        TypeError, ValueError: if there are none, or ``select`` names something else.
+    """
+    named = dict(model.named_modules(remove_duplicate=False))
+    convolutions = {name: m for name, m in named.items() if isinstance(m, CONVOLUTIONS)}
+    if select is None:
+        names = [*convolutions]
+    elif callable(select):
+        names = [name for name, module in convolutions.items() if select(name, module)]
+    else:
+        names = []
+        for pattern in [select] if isinstance(select, str) else select:
+            if not isinstance(pattern, str):
+                raise TypeError(f"select should be names or a function. Found {pattern!r}")
+            if pattern in named and pattern not in convolutions:
+                raise TypeError(
+                    f"select should name convolutions. Found {pattern!r}, a {type(named[pattern]).__name__}"
+                )
+            names += _matching(pattern, convolutions, "select")
+    if not names:
+        raise ValueError(
+            f"select should leave at least one of the convolutions {[*convolutions]}. Found none"
+        )
+    once = {convolutions[name]: name for name in reversed(names)}
+    return {name: module for name, module in convolutions.items() if once.get(module) == name}
+
+
+def _matching(pattern: str, names: Iterable[str], argument: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise ValueError(f"{argument} should name convolutions: {[*names]}. Found {pattern!r}")
+    return found
+
+
+def by_name(blocks: Mapping[str, Iterable[Block]], chosen: Mapping[str, Any]) -> dict[str, list[Block]]:
+    """The blocks of each convolution.
+
+    Raises:
+        TypeError, ValueError: if a pattern matches none of them, or one is matched twice.
+    """
+    if not isinstance(blocks, Mapping):
+        raise TypeError(f"blocks should be a dict from names to pairs of slices. Found {blocks!r}")
+    by_name: dict[str, list[Block]] = {}
+    for pattern, pairs in blocks.items():
+        for name in _matching(pattern, chosen, "blocks"):
+            if name in by_name:
+                raise ValueError(f"blocks should name each convolution once. Found {name!r} twice")
+            by_name[name] = list(pairs)
+    return by_name
+
+
+def _check_shared(model: nn.Module, module: Any) -> None:
+    weight = module._parameters.get("weight")
+    others = [
+        f"{name}.{key}".lstrip(".")
+        for name, other in model.named_modules()
+        if other is not module
+        for key, parameter in other._parameters.items()
+        if parameter is not None and parameter is weight
+    ]
+    if others:
+        raise ValueError(f"its weight should be its own. It is {', '.join(others)} too")
+
+
+def _plan(
+    module: Any, seen: list[Size], blocks: list[Block] | None, boundary: str | None, anneal: bool
+) -> tuple[Conversion, nn.Module]:
+    """How one convolution is made orthogonal; nothing is changed.
+
+    Raises:
+        TypeError, ValueError: if it cannot be.
+    """
+    if not seen:
+        raise ValueError("the example should reach it: images of what size it takes is not known")
+    if len(seen) > 1:
+        raise ValueError(f"its images should be of one size, the domain. Found {', '.join(map(str, seen))}")
+    if boundary is None:
+        boundary = module.padding_mode
+        if boundary not in ("circular", "zeros") and max(module.kernel_size) > 1:
+            raise ValueError(
+                f"padding_mode={boundary!r} counts pixels near the edge several times, so that no kernel "
+                'makes it orthogonal: boundary should be given, "circular" or "zeros"'
+            )
+        boundary = "circular" if max(module.kernel_size) == 1 else boundary
+    part = None
+    size = module.weight.shape
+    if blocks is not None:
+        blocks = resolve_blocks(blocks, size, module.groups)
+        side = blocks[0][0].stop - blocks[0][0].start
+        part = side * len(blocks), side, len(blocks)
+    conversion = Conversion.of(module, "weight", seen[0], boundary, part, small=True)
+    if not bool(torch.isfinite(module.weight).all()):
+        raise ValueError("the weight should be finite. Found nan or inf")
+    kind = Annealed if anneal else ConvExponential
+    assert conversion.torus != "any"
+    exponential = kind(conversion.torus, stride=conversion.stride, groups=conversion.groups)
+    exponential.placement = conversion.placement
+    return conversion, exponential if blocks is None else Blocks(exponential, blocks, size, module.groups)
+
+
+# Note [replaced parameters]
+# An optimizer skips parameters that have no gradient, so one that holds the weight of before would train
+# neither the generator nor the rest, without a word. Before each step of any optimizer, the weights that
+# have been replaced and still exist, which is because somebody holds them, are looked for in it.
+
+
+class _Replaced:
+    def __init__(self, name: str, weight: nn.Parameter, parameters: list[nn.Parameter]) -> None:
+        global _watching
+        self.name = name
+        self.weight = weakref.ref(weight)
+        self.parameters = [weakref.ref(parameter) for parameter in parameters]
+        if not _watching:
+            register_optimizer_step_pre_hook(_check_optimizer)
+            _watching = True
+
+
+_replaced: list[_Replaced] = []
+_watching = False
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _replaced[:] = [
+        r for r in _replaced if r.weight() is not None and all(p() is not None for p in r.parameters)
+    ]
+    if not _replaced:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for replaced in _replaced:
+        if id(replaced.weight()) in held and any(id(p()) not in held for p in replaced.parameters):
+            raise RuntimeError(
+                f"the optimizer was made before retrofit, which replaced {replaced.name} by "
+                f"{len(replaced.parameters)} parameters that it does not train. Make a new one, or call "
+                'optimizer.add_param_group({"params": [*module.parametrizations.weight.parameters()]})'
+            )
