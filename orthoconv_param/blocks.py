@@ -35,8 +35,6 @@ class Blocks(nn.Module):
         TypeError, ValueError: if the blocks are not as above.
     """
 
-    _free: Tensor  # positions of the other pairs of channels, among all of them
-
     def __init__(self, exponential: ConvExponential, blocks: list[Block], size: Size, groups: int) -> None:
         super().__init__()
         self.exponential = exponential
@@ -46,7 +44,9 @@ class Blocks(nn.Module):
         free = torch.ones(size[0], size[1], dtype=torch.bool)
         for rows, columns in self.blocks:
             free[rows, columns] = False
-        self.register_buffer("_free", free.flatten().nonzero().flatten(), persistent=False)
+        # The other pairs of channels, among all of them. No buffer: `to_empty` would fill it with anything,
+        # and vmap of an ensemble would batch it, for which indexing (torch 2.13) gives wrong results.
+        self._others = free.flatten().nonzero().flatten()
 
     @property
     def taps(self) -> Size:
@@ -81,7 +81,7 @@ class Blocks(nn.Module):
             with no_autocast(X[1].device.type):
                 alone = Lattice(whole.domain, whole.stride, 1, whole.is_complex)
                 rest = alone.spectrum(precise(X[1]), self.exponential.placement)
-            M[:, self._free] = rest.squeeze(0).to(M.dtype)
+            M[:, self._free(M.device)] = rest.squeeze(0).to(M.dtype)
         pairs = M.unflatten(1, (out, cin))
         for (rows, columns), block in zip(self.blocks, Q, strict=True):
             pairs[:, rows, columns] = block.unflatten(-1, (-1, phases))
@@ -118,6 +118,11 @@ class Blocks(nn.Module):
         """What ``print`` says of it."""
         return ", ".join(f"[{r.start}:{r.stop}, {c.start}:{c.stop}]" for r, c in self.blocks)
 
+    def _free(self, device: torch.device) -> Tensor:
+        if self._others.device != device:
+            self._others = self._others.to(device)
+        return self._others
+
     def _whole(self, lattice: Lattice) -> Lattice:
         return Lattice(lattice.domain, lattice.stride, self.groups, lattice.is_complex)
 
@@ -126,9 +131,9 @@ class Blocks(nn.Module):
             raise ValueError(f"the weight should be of size {self.size}. Found {tuple(W.shape)}")
         if not bool(torch.isfinite(W).all()):
             raise ValueError("the weight should be finite. Found nan or inf")
-        if not len(self._free):
+        if not len(self._others):
             return ()
-        rest = W.flatten(0, 1)[self._free].unsqueeze(1)
+        rest = W.flatten(0, 1)[self._free(W.device)].unsqueeze(1)
         if W.shape[2:] == self.size[2:]:
             return (rest,)
         taps = crop(rest, self.size[2:], self.exponential.placement)

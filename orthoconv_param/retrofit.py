@@ -415,6 +415,7 @@ def _plan(
     assert conversion.torus != "any"
     exponential = kind(conversion.torus, stride=conversion.stride, groups=conversion.groups)
     exponential.placement = conversion.placement
+    exponential.to(module.weight.device)
     return conversion, exponential if blocks is None else Blocks(exponential, blocks, size, module.groups)
 
 

@@ -500,6 +500,51 @@ def test_copies_are_independent():
     close(model(x), before)
 
 
+@pytest.mark.parametrize("name", ["ConvLSTM", "residual"])
+def test_transforms(name):
+    model, x, options = make(name)
+    model.eval()
+    retrofit(model, x, **options)
+    set_orthogonality(model, 0.4)
+    twins = [copy.deepcopy(model) for _ in range(3)]
+    for i, twin in enumerate(twins):
+        with torch.no_grad():
+            for X in generators(twin):
+                X.copy_(0.1 * random(*X.shape, seed=i))
+    parameters, buffers = torch.func.stack_module_state(twins)
+    call = torch.func.functional_call
+    ensemble = torch.func.vmap(lambda p, b: call(model, (p, b), (x,)))(parameters, buffers)
+    close(ensemble, torch.stack([twin(x) for twin in twins]))
+
+    one = dict(twins[0].named_parameters())
+
+    def loss(parameters):
+        return call(model, parameters, (x,)).square().mean()
+
+    gradient, direction = torch.func.grad(loss)(one), {k: random(*p.shape, seed=5) for k, p in one.items()}
+    slope = torch.func.jvp(loss, (one,), (direction,))[1]
+    close(slope, sum((gradient[k] * direction[k]).sum() for k in one))
+
+
+def test_compiled_without_recompiling_as_t_moves():
+    torch.compiler.reset()
+    model, x, options = make("ConvLSTM", torch.float32)
+    retrofit(model, x, **options)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for t in (0, 0.3, 1):
+        set_orthogonality(model, t)
+        close(compiled(x), model(x))
+    compiled(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert len(graphs) == 1
+
+
 # Optimizers
 
 
