@@ -231,6 +231,8 @@ def report(
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: list[Row] = []
     for name, module in convolutions.items():
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+            raise ValueError(f"the parameters of {name or 'the model'} should be finite. Found nan or inf")
         with torch.no_grad(), parametrize.cached():  # a parametrized weight is computed once
             for size in seen.get(module, [None]):
                 rows += _rows(name, module, size, asked.get(name, []), total)
@@ -333,10 +335,8 @@ def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tens
                 kernel = kernel[block]
                 lattice = Lattice(lattice.domain, stride, 1, kernel.is_complex())
             return _of_kernel(kernel, lattice, placement), lattice.domain
-    out = module.in_channels if module.transposed else module.out_channels
-    cin = module.out_channels if module.transposed else module.in_channels
-    coarse = prod(size) // prod(stride)
-    if block is None and out * coarse * cin * prod(size) <= _LARGEST_REPORTED:
+    entries = module.in_channels * module.out_channels * prod(size) ** 2 // prod(stride)
+    if block is None and entries <= _LARGEST_REPORTED:
         return _of_dense(module, size), size
     return None, size
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
@@ -235,7 +236,7 @@ def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> Non
         TypeError, ValueError: if ``t`` is not from 0 to 1, or is not 1 with ``final``; if no
             convolution of the model is being annealed.
     """
-    if isinstance(t, bool) or not isinstance(t, (int, float)):
+    if isinstance(t, bool) or not isinstance(t, Real):
         raise TypeError(f"t should be a number. Found {t!r}")
     if not 0 <= t <= 1:
         raise ValueError(f"t should be from 0 to 1. Found {t!r}")

@@ -239,3 +239,11 @@ def test_bad_blocks_of_a_report():
         report(model, x, blocks={"gate": gate_blocks(4, 4, 2)})
     with pytest.raises(ValueError, match="blocks should be square"):
         report(model, x, blocks={"gates": gate_blocks(4, 4, 3)})
+
+
+def test_a_report_names_what_is_not_finite():
+    model = ConvLSTM("zeros")
+    with torch.no_grad():
+        model.draw.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="parameters of draw should be finite"):
+        report(model, random(1, 2, 2, 4, 4, dtype=torch.float32))
