@@ -157,7 +157,7 @@ class Conversion:
             boundary: likewise.
             part: channels out and in, and groups, of the part of the weight that is to be orthogonal.
             small: whether between zeros the domain may be smaller than the kernel, whose taps the torus
-                holds all the same.
+                holds all the same; and whether a single tap, which sees no domain, takes every size.
 
         Raises:
             TypeError, ValueError: as `orthogonal` does.
@@ -183,7 +183,8 @@ class Conversion:
             folds = small and boundary == "zeros"
             Lattice.of_kernel(shape, conv.weight.is_complex(), size, stride, groups, dilation, folds)
             if max(taps) == 1:  # sees one frequency like any other: one coarse point, and no boundary
-                return cls(conv, size, "circular", stride, placement, dilation, stride, groups)
+                found = None if small else size
+                return cls(conv, found, "circular", stride, placement, dilation, stride, groups)
             margin = tuple(e - 1 if boundary == "zeros" else 0 for e in placement.extent(taps))
             torus = tuple(s * ceil((n + m) / s) for n, m, s in zip(size, margin, stride, strict=True))
             ones = (1,) * len(taps)
@@ -203,7 +204,7 @@ class Conversion:
             What makes the module what it was again.
         """
         conv, original, parameters = self.module, self.module.__class__, dict(self.module._parameters)
-        value = conv.weight.detach().clone()
+        value, gradient = conv.weight.detach().clone(), conv.weight.grad
 
         def undo() -> None:
             conv.__class__ = original
@@ -213,7 +214,9 @@ class Conversion:
             conv._parameters.clear()
             conv._parameters.update(parameters)
             conv.weight.data = value
+            conv.weight.grad = gradient
 
+        conv.weight.grad = None  # not the generator's
         conv.__class__ = _orthogonal_class(original)
         try:
             parametrize.register_parametrization(conv, "weight", parametrization, unsafe=True)
@@ -244,7 +247,11 @@ def _check_module(module: _Convolution, name: str) -> None:
             f"Found {type(module).__name__}, with a forward of its own"
         )
     if not isinstance(name, str) or module._parameters.get(name) is None:
-        raise ValueError(f"name should be that of a parameter: {[*module._parameters]}. Found {name!r}")
+        computed = ", which hooks compute: remove spectral_norm, weight_norm or prune first"
+        raise ValueError(
+            f"name should be that of a parameter: {[*module._parameters]}. "
+            f"Found {name!r}{computed if name == 'weight' else ''}"
+        )
     if name != "weight":
         raise ValueError(f'name should be "weight", with which the module convolves. Found {name!r}')
     if nn.parameter.is_lazy(module.weight):
@@ -253,10 +260,12 @@ def _check_module(module: _Convolution, name: str) -> None:
 
 def convolves(module: nn.Module) -> bool:
     """Whether a module does to its weight and input what torch's class, or this package's, does."""
+    methods = ("forward", "_conv_forward")
+    if any(name in vars(module) for name in methods):  # replaced on this module alone
+        return False
     if isinstance(module, _Orthogonal):
         return type(module).forward is _Orthogonal.forward
     base = next(c for c in CONVOLUTIONS if isinstance(module, c))
-    methods = ("forward", "_conv_forward")
     return all(getattr(type(module), name, None) is getattr(base, name, None) for name in methods)
 
 

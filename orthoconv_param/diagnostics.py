@@ -14,7 +14,7 @@ from .conversion import CONVOLUTIONS, convolves, periodic
 from .exponential import check_dtype
 from .lattice import Lattice, Placement, Size, count, per_axis
 from .parametrization import ConvExponential
-from .retrofit import Annealed, by_name, sizes
+from .retrofit import Annealed, by_name, convolutions_of, sizes
 
 _LARGEST_DENSE = 2**27  # entries: one gigabyte
 _LARGEST_REPORTED = 2**20  # likewise, in a table: a second
@@ -225,8 +225,9 @@ def report(
         (a in b: images of size a, continued by zeros to the torus b, on which the values are.
         What the module does is a part of that operator: no singular value of it is larger.)
     """
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
-    asked = by_name(blocks or {}, convolutions)
+    names = convolutions_of(model)
+    asked = {names[name]: pairs for name, pairs in by_name(blocks or {}, names).items()}
+    convolutions = {name: m for name, m in model.named_modules() if m in names.values()}
     seen = sizes(model, example_inputs)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: list[Row] = []
@@ -235,7 +236,7 @@ def report(
             raise ValueError(f"the parameters of {name or 'the model'} should be finite. Found nan or inf")
         with torch.no_grad(), parametrize.cached():  # a parametrized weight is computed once
             for size in seen.get(module, [None]):
-                rows += _rows(name, module, size, asked.get(name, []), total)
+                rows += _rows(name, module, size, asked.get(module, []), total)
     return Report(tuple(rows))
 
 
@@ -318,7 +319,7 @@ def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tens
     if size is None:
         return None, None
     taps, stride = tuple(module.weight.shape[2:]), module.stride
-    if convolves(module):
+    if convolves(module) and not _is_hooked(module):
         geometry = periodic(module, size)
         if geometry is None and getattr(module, "_boundary", module.padding_mode) == "zeros":
             dilation = getattr(module, "_dilation", module.dilation)
@@ -358,9 +359,12 @@ def _of_module(module: Any, domain: int | Size) -> Tensor:
     grid = per_axis("domain", domain, len(module.kernel_size))
     if module.transposed and any(n % s for n, s in zip(grid, module.stride, strict=True)):
         raise ValueError(f"domain should be divisible by the stride {module.stride}. Found {grid}")
-    hooked = module._forward_pre_hooks or module._forward_hooks
-    geometry = periodic(module, grid) if convolves(module) and not hooked else None
+    geometry = periodic(module, grid) if convolves(module) and not _is_hooked(module) else None
     return _of_dense(module, grid) if geometry is None else _of_kernel(module.weight, *geometry)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 @torch.no_grad()

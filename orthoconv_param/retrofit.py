@@ -14,12 +14,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, Blocks, resolve_blocks
 from .conversion import CONVOLUTIONS, Conversion
@@ -97,12 +99,12 @@ class Annealed(ConvExponential):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "base" in state_dict:  # annealing has ended where it had ended
-            for name in ("t", "directions", "values"):
-                value = state_dict.get(prefix + name)
-                if value is None:
-                    setattr(self, name, None)
-                elif getattr(self, name) is None and self.base is not None:
+        values = {name: state_dict.get(prefix + name) for name in ("t", "directions", "values")}
+        if prefix + "base" in state_dict and all(value is None for value in values.values()):
+            self.end()  # as it had where the checkpoint was made
+        elif self.t is None and self.base is not None:
+            for name, value in values.items():
+                if value is not None:
                     like = torch.empty_like(value, dtype=self.base.dtype, device=self.base.device)
                     setattr(self, name, like)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -126,26 +128,29 @@ def retrofit(
     The model is run once, to see the size of the images that each convolution is fed; there its operator
     is made `orthogonal`. With ``anneal=True`` the model still computes what it did, and
     ``set_orthogonality(model, t)`` takes it from the pretrained operators, ``t = 0``, to orthogonal ones,
-    ``t = 1``, while it is trained:
+    ``t = 1``, while it is trained (images then have to be of that size):
 
     .. math:: U \exp(A)\, S^{1-t}\, V^H \quad\text{at each frequency,}
 
     where ``U S V^H`` is the pretrained operator, and ``A`` the generator's skew part, in the basis ``V``.
 
     With ``anneal=False`` it starts at the nearest orthogonal operators: that destroys much of what was
-    learned.
+    learned. So does the end of annealing where the pretrained operator has no full rank: singular values
+    of 0 count as ``eps`` times the largest, and come up to 1 near ``t = 1`` only. A 1x1 convolution with a
+    stride is such: it skips samples. Rather leave it out.
 
     Args:
         model: any module. Its convolutions' paddings should keep the size.
         example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dict of
             keyword arguments. It is called in evaluation mode, without gradients, and its buffers and the
-            random numbers are as before afterwards.
+            random numbers are as before afterwards; state in other attributes is not.
         select: which convolutions: names as in ``model.named_modules()``, with ``*`` and ``?``, or a
             function of ``(name, module)``. Default: all of them.
         blocks: for convolutions by name, with ``*`` and ``?``: the blocks of the weight that are to be
             orthogonal, pairs of slices ``(out, in)`` of its first two axes, all square and alike. The rest
             of the weight stays free. `functional.gate_blocks` gives those of recurrent cells.
-        boundary: ``"circular"`` or ``"zeros"``. Default: each convolution's own.
+        boundary: ``"circular"`` or ``"zeros"``. Default: each convolution's own. Another one changes the
+            outputs.
         anneal: whether to start from the pretrained operators themselves.
 
     Returns:
@@ -154,8 +159,10 @@ def retrofit(
     Raises:
         TypeError, ValueError: if something is selected that is no convolution, that `orthogonal` refuses,
             that the example does not reach, or reaches with images of several sizes; if padding mirrors or
-            repeats the image (no orthogonal operator does); if a weight is shared with another module; if
-            ``blocks`` are not as above. Each convolution is named, and the model is as before.
+            repeats the image (no orthogonal operator does); if a weight is shared with another module of
+            ``model`` (so pass the whole of it, and ``select``), or used outside of its convolution's call,
+            because it becomes another one; if ``blocks`` are not as above. Each convolution is named, and
+            the model is as before.
 
     **Optimizers.** A weight that becomes orthogonal as a whole stays the same parameter: an optimizer that
     was made before trains it on (its momenta are of the weights, though, so a new one starts cleaner). With
@@ -165,11 +172,15 @@ def retrofit(
     may want a learning rate of their own.
 
     **Checkpoints** of the retrofitted model hold ``t``, and load into a model retrofitted alike. One
-    of the plain model loads too, and means: start from these weights, at ``t = 0``.
+    of the plain model loads too, and means: start from these weights, at ``t = 0`` (once annealing has
+    ended, from the nearest orthogonal ones). So does assigning to a weight, and with it
+    `geotorch.utils.update_base`, before ``t`` is 1.
 
     Cost: one call of the model, and for each convolution one singular value decomposition for each
-    frequency. Twice its spectrum is kept on the domain, once if it is not annealed. A step costs
-    that of `orthogonal` and, until annealing has ended, two more products of matrices.
+    frequency. Its spectrum on the domain is kept twice, once if it is not annealed: matrices of
+    ``max(out, in * s^d)`` rows, at each frequency. A step costs that of `orthogonal` and, until annealing
+    has ended, two more products of matrices. In a loop under `parametrize.cached` that is paid once; a
+    network without a loop pays for it at every call, which is much more than its convolutions cost.
 
     Example:
         >>> import torch
@@ -192,28 +203,25 @@ def retrofit(
         raise TypeError(f"anneal should be True or False. Found {anneal!r}")
     chosen = _selected(model, select)
     stacked = by_name(blocks or {}, chosen)
-    seen = sizes(model, example_inputs)
-    plans, problems = [], []
-    for name, module in chosen.items():
-        try:
-            _check_shared(model, module)
-            plans.append(_plan(module, seen.get(module, []), stacked.get(name), boundary, anneal))
-        except (TypeError, ValueError) as error:
-            problems.append((name, error))
-    if problems:
-        kind = TypeError if all(isinstance(e, TypeError) for _, e in problems) else ValueError
-        said = "\n".join(f"  {name or 'the model itself'}: {error}" for name, error in problems)
-        raise kind(f"select should leave out the convolutions that cannot be made orthogonal:\n{said}")
-
-    weights = [conversion.module.weight for conversion, _ in plans]
-    undo: list[Callable[[], None]] = []
-    try:
-        for conversion, parametrization in plans:
-            undo.append(conversion.install(parametrization))
-    except BaseException:
-        for step in undo:
-            step()
-        raise
+    with _Uses(chosen.values()) as uses:
+        seen = sizes(model, example_inputs)
+    with torch.inference_mode(False):  # what is made here is to be trained
+        plans, problems = [], []
+        for name, module in chosen.items():
+            try:
+                _check_shared(model, module)
+                if module in uses.found:
+                    use = uses.found[module]
+                    raise ValueError(f"its weight should only be used by its own call. Found it in {use}")
+                plans.append(_plan(module, seen.get(module, []), stacked.get(name), boundary, anneal))
+            except (TypeError, ValueError) as error:
+                problems.append((name, error))
+        if problems:
+            kind = TypeError if all(isinstance(e, TypeError) for _, e in problems) else ValueError
+            said = "\n".join(f"  {name or 'the model itself'}: {error}" for name, error in problems)
+            raise kind(f"not all convolutions that are selected can be made orthogonal as asked:\n{said}")
+        weights = [conversion.module.weight for conversion, _ in plans]
+        _install(plans)
     for name, module, weight in zip(chosen, chosen.values(), weights, strict=True):
         parameters = list(module.parametrizations.weight.parameters(recurse=False))
         if all(weight is not parameter for parameter in parameters):
@@ -234,16 +242,21 @@ def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> Non
 
     Raises:
         TypeError, ValueError: if ``t`` is not from 0 to 1, or is not 1 with ``final``; if no
-            convolution of the model is being annealed.
+            convolution of the model is being annealed (where all are orthogonal, ``t = 1`` does nothing).
+
+    An averaged copy (`torch.optim.swa_utils.AveragedModel`) has to end too, by a call of its own, or its
+    next update finds buffers that are not there.
     """
-    if isinstance(t, bool) or not isinstance(t, Real):
+    if isinstance(t, (bool, str)) or not hasattr(t, "__float__"):
         raise TypeError(f"t should be a number. Found {t!r}")
+    t = float(t)
     if not 0 <= t <= 1:
         raise ValueError(f"t should be from 0 to 1. Found {t!r}")
     if final and t != 1:
         raise ValueError(f"t should be 1 with final=True. Found {t!r}")
-    annealed = [m for m in model.modules() if isinstance(m, Annealed) and m.t is not None]
-    if not annealed:
+    orthogonal = [m for m in model.modules() if isinstance(m, ConvExponential)]
+    annealed = [m for m in orthogonal if isinstance(m, Annealed) and m.t is not None]
+    if not annealed and not (orthogonal and t == 1):
         raise ValueError(
             "model should have convolutions that are being annealed: those of retrofit(..., anneal=True), "
             "until final=True. Found none"
@@ -253,6 +266,7 @@ def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> Non
         exponential.t.fill_(t)
         if final:
             exponential.end()
+    parametrize._cache.clear()  # of weights, if this is within `parametrize.cached`
 
 
 def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
@@ -290,6 +304,45 @@ def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
     return seen
 
 
+class _Uses(TorchFunctionMode):
+    """What is done with the weights of convolutions outside of their own calls."""
+
+    def __init__(self, convolutions: Iterable[Any]) -> None:
+        super().__init__()
+        self.found: dict[nn.Module, str] = {}
+        self._weights = {id(m._parameters.get("weight")): m for m in convolutions}
+        self._running: list[nn.Module] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "_Uses":
+        for module in self._weights.values():
+            self._hooks.append(module.register_forward_pre_hook(self._starts))
+            self._hooks.append(module.register_forward_hook(self._ends, always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _starts(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
+
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.remove(module)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Takes notes, and does what is done. To ask for a weight's dtype or shape is not to use it."""
+        name = getattr(func, "__name__", str(func))
+        if name != "__get__":
+            for x in tree_leaves((args, kwargs)):
+                module = self._weights.get(id(x)) if isinstance(x, nn.Parameter) else None
+                if module is not None and module not in self._running:
+                    self.found.setdefault(module, name)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """In evaluation mode; modes, buffers and random numbers are as before afterwards."""
@@ -316,6 +369,12 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def convolutions_of(model: nn.Module) -> dict[str, Any]:
+    """A model's convolutions by name; one that has several names is there with each of them."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, CONVOLUTIONS)}
+
+
 def _selected(model: nn.Module, select: Select | None) -> dict[str, Any]:
     """The convolutions that are selected, each once, by name.
 
@@ -323,11 +382,13 @@ def _selected(model: nn.Module, select: Select | None) -> dict[str, Any]:
         TypeError, ValueError: if there are none, or ``select`` names something else.
     """
     named = dict(model.named_modules(remove_duplicate=False))
-    convolutions = {name: m for name, m in named.items() if isinstance(m, CONVOLUTIONS)}
+    convolutions = convolutions_of(model)
     if select is None:
         names = [*convolutions]
-    elif callable(select):
+    elif callable(select) and not isinstance(select, type):
         names = [name for name, module in convolutions.items() if select(name, module)]
+    elif not isinstance(select, Iterable):
+        raise TypeError(f"select should be names or a function. Found {select!r}")
     else:
         names = []
         for pattern in [select] if isinstance(select, str) else select:
@@ -392,8 +453,13 @@ def _plan(
         TypeError, ValueError: if it cannot be.
     """
     if not seen:
-        raise ValueError("the example should reach it: images of what size it takes is not known")
-    if len(seen) > 1:
+        raise ValueError(
+            "the example should reach it, by a call of the module, in evaluation mode too: images of what "
+            "size it takes is not known"
+        )
+    if module.weight.is_meta:
+        raise ValueError("the weight should have values. Found a meta tensor")
+    if len(seen) > 1 and max(module.kernel_size) > 1:
         raise ValueError(f"its images should be of one size, the domain. Found {', '.join(map(str, seen))}")
     if boundary is None:
         boundary = module.padding_mode
@@ -409,7 +475,8 @@ def _plan(
         blocks = resolve_blocks(blocks, size, module.groups)
         side = blocks[0][0].stop - blocks[0][0].start
         part = side * len(blocks), side, len(blocks)
-    conversion = Conversion.of(module, "weight", seen[0], boundary, part, small=True)
+    for domain in seen:
+        conversion = Conversion.of(module, "weight", domain, boundary, part, small=True)
     if not bool(torch.isfinite(module.weight).all()):
         raise ValueError("the weight should be finite. Found nan or inf")
     kind = Annealed if anneal else ConvExponential
@@ -418,6 +485,18 @@ def _plan(
     exponential.placement = conversion.placement
     exponential.to(module.weight.device)
     return conversion, exponential if blocks is None else Blocks(exponential, blocks, size, module.groups)
+
+
+def _install(plans: list[tuple[Conversion, nn.Module]]) -> None:
+    """All of them, or, whatever goes wrong, none."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for conversion, parametrization in plans:
+            undo.append(conversion.install(parametrization))
+    except BaseException:
+        for step in undo:
+            step()
+        raise
 
 
 # Note [replaced parameters]
@@ -449,7 +528,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for replaced in _replaced:
-        if id(replaced.weight()) in held and any(id(p()) not in held for p in replaced.parameters):
+        parameters = [p for reference in replaced.parameters if (p := reference()) is not None]
+        missing = [p for p in parameters if p.requires_grad and id(p) not in held]
+        if id(replaced.weight()) in held and missing:
             raise RuntimeError(
                 f"the optimizer was made before retrofit, which replaced {replaced.name} by "
                 f"{len(replaced.parameters)} parameters that it does not train. Make a new one, or call "

@@ -66,7 +66,8 @@ def selected(model):
     for module in model.modules():
         if isinstance(module, CONVOLUTIONS) and parametrize.is_parametrized(module):
             stack = module.parametrizations.weight[0]
-            yield module, module._size, getattr(stack, "blocks", [None])
+            size = module._size or (6,) * len(module.kernel_size)  # a single tap takes every size
+            yield module, size, getattr(stack, "blocks", [None])
 
 
 def operators(model):
@@ -393,6 +394,17 @@ def test_a_checkpoint_says_whether_annealing_has_ended(final):
     assert ("stem.parametrizations.weight.0.t" in model.state_dict()) is not final
 
 
+@pytest.mark.parametrize("key", ["t", "values", "directions"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(key):
+    model, x, options = make("1d")
+    retrofit(model, x, **options)
+    state = model.state_dict()
+    del state[f"0.parametrizations.weight.0.{key}"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
+    model(x)
+
+
 def test_into_a_model_that_has_not_been_annealed():
     """What has arrived at 1 and ended is what `anneal=False` is."""
     model, x, options = make("1d")
@@ -560,6 +572,37 @@ def test_an_optimizer_from_before_trains_on_what_is_orthogonal_as_a_whole():
     assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True))
 
 
+def test_frozen_weights_need_no_optimizer():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    conv.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=1e-3)
+    retrofit(conv, torch.ones(1, 4, 6, 6), blocks={"": gate_blocks(2, 2)})
+    conv(torch.ones(1, 4, 6, 6)).sum().backward()
+    optimizer.step()
+
+
+def test_gradients_of_the_weights_are_not_the_generators():
+    model, x, options = make("residual")
+    model(x).square().mean().backward()
+    retrofit(model, x, **options)
+    assert all(X.grad is None for X in generators(model))
+    assert model.norm.weight.grad is not None
+
+
+def test_an_averaged_model_averages_generators():
+    model, x, options = make("ConvLSTM", mode="circular")
+    retrofit(model, x, **options)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for t in (0.5, 1):
+        set_orthogonality(model, t)
+        train(model, x, steps=1)
+        average.update_parameters(model)
+    for m in (model, average):
+        set_orthogonality(m, 1, final=True)
+    average.update_parameters(model)
+    assert all(defect(M) < 1e-11 for _, M in operators(average))
+
+
 def test_an_optimizer_from_before_that_does_not_know_the_blocks_raises():
     model, x, options = make("ConvLSTM")
     optimizer = torch.optim.Adam(model.parameters())
@@ -580,6 +623,95 @@ def test_an_optimizer_from_before_that_does_not_know_the_blocks_raises():
 
 
 # What it is called with
+
+
+def test_a_loop_may_run_past_the_end():
+    model, x, options = make("1d")
+    with pytest.raises(ValueError, match="Found none"):
+        set_orthogonality(model, 1)
+    retrofit(model, x, **options)
+    for step in range(1, 6):
+        set_orthogonality(model, min(1, step / 3), final=step >= 3)
+    after = model(x)
+    with pytest.raises(ValueError, match="Found none"):
+        set_orthogonality(model, 0.5)
+    close(model(x), after)
+
+
+def test_nothing_cached_survives():
+    model, x, options = make("ConvLSTM")
+    retrofit(model, x, **options)
+    with torch.no_grad(), parametrize.cached():
+        before = model(x)
+        set_orthogonality(model, 1)
+        assert orthoconv_param.report(model, x).rows[1].defect < 1e-11
+        after = model(x)
+    assert (after - before).norm() > 1e-3 * before.norm()
+    close(model(x), after)
+
+
+def test_in_inference_mode_it_stays_trainable():
+    model, x, options = make("ConvLSTM")
+    with torch.inference_mode():
+        before = model(x)
+        retrofit(model, x, **options)
+        close(model(x), before)
+    set_orthogonality(model, 0.5)
+    assert all(p.requires_grad for p in model.parameters())
+    train(model, x, steps=1)
+
+
+def test_a_single_tap_takes_every_size():
+    """Its operator is the same at all of them; with a stride, that of its phases."""
+    for stride in (1, 2):
+        conv = nn.Conv2d(3, 3 * stride, 1, stride, dtype=DOUBLE)
+        other, x = random(1, 3, 8, 2), random(1, 3, 4, 6)
+        before = conv(x), conv(other)
+        retrofit(conv, x)
+        close((conv(x), conv(other)), before)
+        set_orthogonality(conv, 1)
+        assert all(defect(operator(conv, size)) < 1e-11 for size in ((4, 6), (8, 2)))
+        after = conv(other)
+        parametrize.remove_parametrizations(conv, "weight")
+        close(conv(other), after)
+
+
+class Head(nn.Module):
+    """Convolutions of one kind on images of several sizes, and weights that others take."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.conv, self.use = (
+            nn.Conv2d(2, 2, 1 if use == "pyramid" else 3, padding=0 if use == "pyramid" else 1),
+            use,
+        )
+
+    def forward(self, x):
+        y, weight = self.conv(x), self.conv.weight
+        return {
+            "pyramid": lambda: self.conv(x[..., ::2, ::2]),
+            "tied": lambda: nn.functional.conv_transpose2d(y, weight, padding=1),
+            "forward": lambda: self.conv._conv_forward(y, weight, None),
+            "statistics": lambda: y / weight.std(),
+            "in a list": lambda: y + torch.cat([weight.flatten()]).sum(),
+            "dtype": lambda: y.to(weight.dtype),
+        }[self.use]()
+
+
+@pytest.mark.parametrize("use", ["pyramid", "tied", "forward", "statistics", "in a list", "dtype"])
+def test_a_weight_is_for_its_own_call(use):
+    model, x = Head(use).double(), random(1, 2, 6, 6)
+    before = model(x)
+    if use in ("pyramid", "dtype"):
+        retrofit(model, x)
+    else:
+        with pytest.raises(
+            ValueError, match=r"conv: its weight should only be used by its own call\. Found"
+        ):
+            retrofit(model, x)
+    close(model(x), before)
+    assert not model.conv._forward_hooks
+    assert not model.conv._forward_pre_hooks
 
 
 def test_examples_select_and_names():
@@ -617,7 +749,7 @@ def test_the_example_leaves_nothing_behind():
     model.register_forward_hook(lambda module, args, output: setattr(module, "seen", module.seen + 1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen, random_state = model.seen, torch.get_rng_state()
-    orthoconv_param.report(model, torch.randn(2, 2, 4, 4) if False else torch.ones(2, 2, 4, 4))
+    orthoconv_param.report(model, torch.ones(2, 2, 4, 4))
     assert [m.training for m in model] == [True, False, True]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.seen is seen
@@ -653,6 +785,19 @@ def poisoned():
     return model
 
 
+def patched():
+    model = plain()
+    original = model[0].forward
+    model[0].forward = lambda x: 2 * original(x)
+    return model
+
+
+def hooked():
+    model = plain()
+    nn.utils.spectral_norm(model[0])
+    return model
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -685,6 +830,10 @@ BLOCK = (slice(0, 1), slice(0, 1))
         ),
         (plain, {"select": lambda name, module: False}, ValueError, "at least one of the convolutions"),
         (plain, {"select": [0]}, TypeError, "select should be names or a function"),
+        (plain, {"select": True}, TypeError, "select should be names or a function"),
+        (plain, {"select": nn.Conv2d}, TypeError, "select should be names or a function"),
+        (lambda: patched(), {}, ValueError, "0: module should compute what nn.Conv2d does"),
+        (lambda: hooked(), {}, ValueError, "0: name should be .*remove spectral_norm"),
         (
             Reshaping,
             {"select": "other"},
@@ -783,6 +932,7 @@ def test_whatever_goes_wrong_the_model_is_as_before(monkeypatch):
 @pytest.mark.parametrize(
     ("t", "final", "error", "message"),
     [
+        (torch.tensor(1.5), False, ValueError, "t should be from 0 to 1. Found 1.5"),
         (1.5, False, ValueError, "t should be from 0 to 1. Found 1.5"),
         (-0.1, False, ValueError, "t should be from 0 to 1"),
         (float("nan"), False, ValueError, "t should be from 0 to 1"),
