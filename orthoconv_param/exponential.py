@@ -202,7 +202,7 @@ def refine(Q: Tensor) -> Tensor:
     Q = Q.to(torch.complex128)
     with torch.no_grad():
         tall = Q.shape[-2] >= Q.shape[-1]
-        exact = _polish(Q) if tall else _polish(Q.mH).mH
+        exact = polish(Q) if tall else polish(Q.mH).mH
         added = exact - Q
     return Q + added
 
@@ -240,6 +240,17 @@ def polar_decomposition(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 V[piece] = U
     batch = X.shape[:-2]
     return frame.reshape(*batch, m, m), V.reshape(*batch, k, k), S.reshape(*batch, k)
+
+
+def polish(Q: Tensor) -> Tensor:
+    """One step of Newton and Schulz's iteration for the polar factor, ``Q (3 I - Q^H Q) / 2``.
+
+    It squares the distance to the unitary group. The factor is made exactly Hermitian.
+    """
+    factor = Q.mH @ Q
+    factor = (factor + factor.mH.resolve_conj()).mul_(-0.25)  # see Note [lazy conjugates]
+    factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return Q @ factor
 
 
 # Scaling and squaring
@@ -313,26 +324,15 @@ def _squarings(Q: Tensor, s: int, counts: Tensor | None) -> list[Tensor]:
     for j in range(s):
         Q = chain[-1] @ chain[-1]
         if j % _POLISH_EVERY == _POLISH_EVERY - 1:
-            Q = _polish(Q)
+            Q = polish(Q)
         chain.append(Q if counts is None else torch.where(counts[j], Q, chain[-1]))
     return chain
-
-
-def _polish(Q: Tensor) -> Tensor:
-    """One step of Newton and Schulz's iteration for the polar factor, ``Q (3 I - Q^H Q) / 2``.
-
-    It squares the distance to the unitary group. The factor is made exactly Hermitian.
-    """
-    factor = Q.mH @ Q
-    factor = (factor + factor.mH.resolve_conj()).mul_(-0.25)  # see Note [lazy conjugates]
-    factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
-    return Q @ factor
 
 
 def _expm_chunk(A: Tensor) -> Tensor:
     A, A2, coefficients, s, counts = _scale(skew(A))
     Q = _squarings(_evaluate(A, A2, coefficients), s, counts)[-1]
-    return Q if s <= 2 else _polish(Q)
+    return Q if s <= 2 else polish(Q)
 
 
 def _expm_vjp_chunk(A: Tensor, G: Tensor) -> Tensor:

@@ -341,12 +341,16 @@ class ConvExponential(nn.Module):
         - ``"uniform"``: Haar's measure at each frequency; at real ones both determinants.
         - ``"torus"``: ``triv`` of skew matrices with angles drawn by ``init_``, on the
           diagonal, or at real frequencies in ``2 x 2`` blocks. What recurrent kernels start from.
-        - ``"identity"``: no draw.
+        - ``"identity"``, or near it: ``triv`` of a generator that ``init_`` draws.
+
+        (For the kernel nearest to a pretrained one, assign that.)
 
         Args:
             distribution: one of these. With ``domain="any"`` only ``"identity"``, returned as
-                the zero generator: random matrices at each frequency have no compact kernel.
-            init_: fills a tensor of angles in place. Default: uniform on ``[-pi, pi]``.
+                the generator: random matrices at each frequency have no compact kernel.
+            init_: fills a tensor in place. Of ``"torus"``, one of angles; default: uniform on
+                ``[-pi, pi]`` (Henaff, Szlam, LeCun, arXiv:1602.06662). Of ``"identity"``, the generator's
+                taps, ``(out, in/groups, *taps)``, whose size is the distance to it; default: zero.
 
         Raises:
             RuntimeError: before registration.
@@ -359,8 +363,17 @@ class ConvExponential(nn.Module):
             raise ValueError(
                 f"distribution should be one of {known} with domain={self.domain!r}. Found {distribution!r}"
             )
-        if init_ is not None and distribution != "torus":
-            raise ValueError(f'init_ should be None unless distribution="torus". Found {distribution!r}')
+        if init_ is not None and distribution == "uniform":
+            raise ValueError('init_ should be None with distribution="uniform", which is one measure')
+        if distribution == "identity" and init_ is not None:
+            generator = precise(reference.new_zeros(size))
+            init_(generator)
+            if self.domain == "any":
+                return generator.to(reference.dtype)
+            rows, columns = lattice.blocks(size)
+            A = _square_skew(lattice.spectrum(generator, self.placement))
+            Q = trivializations.trivialization(self.triv)(A)[..., :rows, :columns]
+            return lattice.kernel(Q).to(reference.dtype)
         if self.domain == "any":
             return reference.new_zeros(size)
         if distribution == "identity":
@@ -373,7 +386,7 @@ class ConvExponential(nn.Module):
         dtype = torch.promote_types(precise(reference).dtype, torch.complex64)
         empty = torch.empty(self.groups, lattice.frequencies, m, m, dtype=dtype, device=reference.device)
         if distribution == "uniform":
-            Q = lattice.choose(_haar, empty)
+            Q = lattice.choose(haar, empty)
         else:
             A = lattice.choose(lambda like: _torus(like, init_), empty)
             Q = trivializations.trivialization(self.triv)(A)
@@ -629,7 +642,8 @@ def precise(X: Tensor) -> Tensor:
     return X.float() if X.dtype in HALF else X
 
 
-def _haar(like: Tensor) -> Tensor:
+def haar(like: Tensor) -> Tensor:
+    """Unitary (orthogonal) matrices that are Haar distributed, as many and of the kind of ``like``."""
     Q, R = torch.linalg.qr(torch.randn_like(like))
     return Q * torch.sgn(R.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
 

@@ -3,9 +3,13 @@ r"""Maps from skew-Hermitian matrices to unitary ones, by name, and how local th
 A map ``triv`` with a scalar function ``f`` (``exp``, Cayley's ``(1 + z/2) / (1 - z/2)``) takes a local
 generator to a kernel whose taps fall off as the Chebyshev coefficients of ``f`` on
 ``i [-norm, norm]``: a polynomial of degree ``p`` in a kernel of reach ``r`` has reach ``p r``.
+
+A map ``R`` with ``R(0) = I`` and ``R'(0) = id`` is a retraction of the unitary group,
+``(Q, V) -> R(V Q^H) Q``, and of frames, whose tangent vectors have a skew lift: see `retract`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -13,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .exponential import expm_skew, log_unitary, skew
+from .exponential import expm_skew, log_unitary, polish, skew
 from .lattice import Lattice, Size
 
 Trivialization = Callable[[Tensor], Tensor]
@@ -33,6 +37,88 @@ def _inverse_cayley(Q: Tensor) -> Tensor:
     if bool((torch.linalg.svdvals(Q + eye)[..., -1] < 1e3 * torch.finfo(Q.dtype).eps).any()):
         raise ValueError("Cayley's map does not reach a matrix with an eigenvalue -1")
     return skew(2 * torch.linalg.solve(Q + eye, Q - eye))
+
+
+def polar(A: Tensor) -> Tensor:
+    r"""The polar factor ``(I + A) (I - A^2)^{-1/2}`` of ``I + A``, of skew matrices ``(..., n, n)``.
+
+    Newton's iteration, scaled by what is known of the singular values, which converges to double precision
+    in nine steps for any norm up to 1e16 (Byers and Xu, SIAM J. Matrix Anal. Appl. 30 (2008) 822). Unlike
+    the singular value decomposition it has derivatives of any order where singular values coincide.
+    """
+    X = A + torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    # the singular values of I + A are from 1 to this
+    largest = (1 + torch.linalg.matrix_norm(A.detach()).square()).sqrt()[..., None, None]
+    scale = largest**-0.5
+    following = (2 * largest**0.5 / (1 + largest)).sqrt()
+    for _ in range(9):
+        X = (scale * X + torch.linalg.inv(X).mH / scale) / 2
+        scale, following = following, ((following + 1 / following) / 2) ** -0.5
+    return X
+
+
+def qr(A: Tensor) -> Tensor:
+    """The unitary factor ``Q`` of ``I + A = Q R``, the diagonal of ``R`` positive."""
+    Q, R = torch.linalg.qr(A + torch.eye(A.shape[-1], dtype=A.dtype, device=A.device))
+    return Q * torch.sgn(R.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """A map from skew to unitary matrices with ``R(0) = I`` and ``R'(0) = id``.
+
+    Args:
+        apply: the map, of ``(..., n, n)``.
+        order: 2 if it agrees with the exponential to second order, ``R(A) = I + A + A^2 / 2 + O(A^3)``,
+            so that its curves have no acceleration on the group; else 1.
+    """
+
+    apply: Trivialization
+    order: int
+
+
+RETRACTIONS = {
+    "expm": Retraction(expm_skew, 2),
+    "cayley": Retraction(cayley, 2),
+    "polar": Retraction(polar, 2),
+    "qr": Retraction(qr, 1),
+}
+
+
+def retraction(name: str) -> Retraction:
+    """The retraction of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in RETRACTIONS:
+        raise ValueError(f"retraction should be one of {[*RETRACTIONS]}. Found {name!r}")
+    return RETRACTIONS[name]
+
+
+def lift(Q: Tensor, V: Tensor) -> Tensor:
+    """The skew ``A`` of least norm with ``A Q = V``, for ``V`` tangent at a frame ``Q``."""
+    W = V - Q @ (Q.mH @ V) / 2
+    A = W @ Q.mH
+    return A - A.mH
+
+
+def retract(name: str, Q: Tensor, V: Tensor) -> Tensor:
+    """The point ``R(A) Q``, ``A Q = V``, to which a retraction takes a tangent vector.
+
+    Args:
+        name: one of ``"expm"`` (the geodesic), ``"cayley"``, ``"polar"``, ``"qr"``.
+        Q: ``(..., m, k)``, with orthonormal columns, ``k <= m``.
+        V: likewise, tangent: ``Q^H V`` is skew.
+
+    Returns:
+        ``(..., m, k)``, with orthonormal columns: what rounding takes away from them is restored at each
+        step, so that many of them do not add up.
+
+    Raises:
+        ValueError: if there is no retraction of that name.
+    """
+    return polish(retraction(name).apply(lift(Q, V)) @ Q)
 
 
 _BY_NAME: dict[str, tuple[Trivialization, Trivialization]] = {

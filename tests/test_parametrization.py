@@ -1,7 +1,9 @@
 import copy
 import io
+import itertools
 
 import geotorch
+import numpy as np
 import pytest
 import torch
 from geotorch.exceptions import InManifoldError
@@ -16,7 +18,7 @@ from torch.nn.utils.parametrize import (
     remove_parametrizations,
 )
 
-from orthoconv_param import ConvExponential, generators, orthogonality_defect
+from orthoconv_param import ConvExponential, functional, generators, orthogonality_defect
 from orthoconv_param.lattice import Lattice, pack, unpack
 
 close = torch.testing.assert_close
@@ -782,3 +784,158 @@ def test_a_checkpoint_of_another_shape_is_refused():
     other, _ = registered(random(3, 3, 5, 5))
     with pytest.raises(RuntimeError, match=r"size mismatch for parametrizations\.weight\.original"):
         holder.load_state_dict(other.state_dict())
+
+
+# As a manifold of geotorch
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "torus", "identity"])
+@pytest.mark.parametrize("triv", ["expm", "cayley"])
+def test_the_pattern_of_geotorchs_own_tests(triv, distribution):
+    """All sizes from 1 to 8: registered, sampled, trained by SGD, its base updated."""
+    torch.manual_seed(0)
+    for taps in itertools.product(range(1, 9), repeat=2):
+        conv = nn.Conv2d(5, 4, taps)
+        parametrization = ConvExponential(triv=triv)
+        register_parametrization(conv, "weight", parametrization)
+        assert conv.weight.shape == (4, 5, *taps)
+        sample = parametrization.sample(distribution)
+        assert parametrization.in_manifold(sample)
+        conv.weight = sample
+        assert (conv.weight - sample).abs().max() < 1e-5
+        optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+        x = torch.randn(2, 5, taps[0] + 3, taps[1] + 2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (conv(x) - 1).square().mean().backward()
+            optimizer.step()
+            assert parametrization.in_manifold(conv.weight)
+        before = conv.weight.detach().clone()
+        geotorch.utils.update_base(conv, "weight")
+        assert conv.weight.shape == (4, 5, *taps)
+        assert (conv.weight - before).abs().max() < 1e-6
+        assert not parametrization_of(conv).original.any()
+
+
+def parametrization_of(conv):
+    return conv.parametrizations.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("triv", ["expm", "cayley"])
+@pytest.mark.parametrize(("size", "groups"), [((3, 3, 5), 1), ((4, 4, 3, 4), 1), ((4, 2, 4, 3), 2)])
+def test_sgd_with_update_base_is_riemannian_gradient_descent(size, groups, triv, dtype):
+    """A step from ``W`` is ``R(-lr grad) W`` with the Riemannian gradient, by the dense matrices."""
+    from orthoconv_param.manifold import OrthogonalKernels
+
+    holder = nn.Module()
+    holder.weight = nn.Parameter(random(*size, dtype=dtype))
+    register_parametrization(holder, "weight", ConvExponential(groups=groups, triv=triv))
+    manifold = OrthogonalKernels(size[2:], groups=groups, retraction=triv)
+    optimizer = torch.optim.SGD(holder.parameters(), lr=0.3)
+    C = random(*size, dtype=dtype, seed=4)
+    for _ in range(3):
+        geotorch.utils.update_base(holder, "weight")
+        W = holder.weight.detach()
+        Q = dense(W, size[2:], groups=groups)
+        W.requires_grad_()
+        loss = (W - C).abs().square().sum() + (W.real**3).sum()
+        G = torch.autograd.grad(loss, W)[0]
+        optimizer.zero_grad()
+        ((holder.weight - C).abs().square().sum() + (holder.weight.real**3).sum()).backward()
+        optimizer.step()
+        A = skew(Q.mH @ dense(G, size[2:], groups=groups))
+        R = torch.linalg.matrix_exp(-0.3 * A)
+        if triv == "cayley":
+            eye = torch.eye(len(A), dtype=dtype)
+            R = torch.linalg.solve(eye + 0.15 * A, eye - 0.15 * A)
+        torch.testing.assert_close(dense(holder.weight.detach(), size[2:], groups=groups), Q @ R)
+        # the same step on the manifold, whose metric is N times that of torch
+        points = np.prod(size[2:])
+        step = manifold.retr(W.detach(), -0.3 * points * manifold.egrad2rgrad(W.detach(), G))
+        torch.testing.assert_close(holder.weight.detach(), step)
+
+
+def test_in_a_product_manifold_of_geotorch():
+    """Two kernels, one over the other, each orthogonal."""
+
+    class Both(geotorch.ProductManifold):
+        def forward(self, X):
+            return torch.cat(super().forward(X.chunk(2)))
+
+        def right_inverse(self, W, check_in_manifold=False):
+            return torch.cat(super().right_inverse(W.chunk(2), check_in_manifold))
+
+    conv = nn.Conv2d(3, 6, 3).double()
+    both = Both([ConvExponential(), ConvExponential(triv="cayley")])
+    register_parametrization(conv, "weight", both)
+    with torch.no_grad():
+        parametrization_of(conv).original.copy_(random(6, 3, 3, 3))
+    for manifold, weight in zip(both, conv.weight.chunk(2), strict=True):
+        assert manifold.in_manifold(weight, eps=1e-12)
+    samples = [manifold.sample() for manifold in both]
+    conv.weight = torch.cat(samples)
+    torch.testing.assert_close(conv.weight, torch.cat(samples))
+    with pytest.raises(InManifoldError):
+        both.right_inverse(2 * conv.weight, check_in_manifold=True)
+
+
+@pytest.mark.parametrize("domain", [None, (6, 5), "any"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_identity_with_a_spread(domain, dtype):
+    conv = nn.Conv2d(4, 4, 3, dtype=dtype)
+    register_parametrization(conv, "weight", ConvExponential(domain), unsafe=domain is not None)
+    parametrization = parametrization_of(conv)[0]
+    distances = []
+    for spread in (0.0, 1e-2, 1e-1):
+        torch.manual_seed(0)
+        conv.weight = parametrization.sample(
+            "identity", lambda x, spread=spread: nn.init.normal_(x, std=spread)
+        )
+        assert parametrization.in_manifold(conv.weight)
+        kernel = conv.weight.detach()
+        eye = functional.identity((4, 4, 3, 3), kernel.shape[2:], dtype=dtype)
+        distances.append((kernel - eye).norm().item())
+    assert distances[0] < 1e-5
+    assert distances[2] / distances[1] == pytest.approx(10, rel=0.2)
+    if domain != "any":
+        with pytest.raises(ValueError, match="init_ should be None"):
+            parametrization.sample("uniform", nn.init.normal_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_torus_samples_have_the_angles_that_were_drawn(dtype):
+    conv = nn.Conv1d(4, 4, 5, dtype=dtype)
+    register_parametrization(conv, "weight", ConvExponential())
+    parametrization = parametrization_of(conv)[0]
+    weight = parametrization.sample("torus", lambda x: nn.init.constant_(x, 0.7))
+    assert weight.dtype == dtype
+    angles = torch.linalg.eigvals(dense(weight, (5,))).angle().abs()
+    torch.testing.assert_close(angles, torch.full_like(angles, 0.7))
+    parametrization.triv = "expm"
+    uniform = torch.cat([
+        torch.linalg.eigvals(dense(parametrization.sample("torus"), (5,))).angle() for _ in range(300)
+    ])  # fmt: skip
+    assert uniform.abs().max() <= np.pi
+    assert uniform.abs().mean().item() == pytest.approx(np.pi / 2, abs=0.1)
+    assert uniform.square().mean().item() == pytest.approx(np.pi**2 / 3, abs=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_uniform_samples_have_the_spacings_of_the_circular_ensembles(dtype):
+    """Of 2x2 Haar unitary matrices the angle between the eigenvalues has density ``(1 - cos) / 2 pi``."""
+    conv = nn.Conv1d(2, 2, 4, dtype=dtype)
+    register_parametrization(conv, "weight", ConvExponential())
+    parametrization = parametrization_of(conv)[0]
+    torch.manual_seed(0)
+    lattice = Lattice((4,), (1,), 1, dtype.is_complex)
+    Q = torch.cat([lattice.spectrum(parametrization.sample()) for _ in range(4000)])[:, 1]
+    angles = torch.linalg.eigvals(Q).angle()
+    spacing = angles[:, 0] - angles[:, 1]
+    # E cos = -1/2, E cos(2 .) = 0, and half of them on each side of pi / 2 by its share, 1/2 - 1/pi
+    assert spacing.cos().mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert (2 * spacing).cos().mean().item() == pytest.approx(0, abs=0.05)
+    assert (spacing.cos() > 0).double().mean().item() == pytest.approx(0.5 - 1 / np.pi, abs=0.03)
+    trace = Q.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert trace.abs().square().mean().item() == pytest.approx(1, abs=0.08)
+    assert trace.abs().pow(4).mean().item() == pytest.approx(2, abs=0.25)

@@ -7,7 +7,17 @@ from scipy.special import jv
 
 from orthoconv_param import expm_skew
 from orthoconv_param.lattice import Lattice
-from orthoconv_param.trivializations import _chebyshev_tails, cayley, degree, inverse, trivialization
+from orthoconv_param.trivializations import (
+    RETRACTIONS,
+    _chebyshev_tails,
+    cayley,
+    degree,
+    inverse,
+    lift,
+    retract,
+    retraction,
+    trivialization,
+)
 
 MAPS = ["expm", "cayley", geotorch.SO.trivializations["expm"], geotorch.SO.trivializations["cayley"]]
 
@@ -107,3 +117,105 @@ def test_a_map_that_is_not_smooth_has_no_compact_kernel():
 
     with pytest.raises(ValueError, match="has no compact kernel"):
         degree(jump, 1.0, 2e-7, (1,))
+
+
+# Retractions
+
+
+def tangent(Q, seed=3):
+    """Any tangent vector at a frame: ``Q A`` with skew ``A``, and anything orthogonal to it."""
+    V = random(*Q.shape, dtype=Q.dtype, seed=seed)
+    return V - Q @ (Q.mH @ V + V.mH @ Q) / 2
+
+
+FRAMES = [(3, 5, 5), (2, 6, 4), (4, 3, 1), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("size", FRAMES)
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_retractions(name, size, dtype):
+    """Value and derivative at 0, and the second derivative where it is claimed."""
+    Q = torch.linalg.qr(random(*size, dtype=dtype)).Q
+    V = tangent(Q)
+    torch.testing.assert_close(retract(name, Q, 0 * V), Q)
+    for step in (0.1, 1.0, 30.0):
+        R = retract(name, Q, step * V)
+        torch.testing.assert_close(R.mH @ R, torch.eye(size[-1], dtype=dtype).expand(size[0], -1, -1))
+    h = 1e-4
+    ahead, behind = retract(name, Q, h * V), retract(name, Q, -h * V)
+    torch.testing.assert_close((ahead - behind) / (2 * h), V, atol=1e-6, rtol=0)
+    second = (ahead - 2 * Q + behind) / h**2
+    geodesic = lift(Q, V) @ V  # the second derivative of exp(tA) Q
+    error = (second - geodesic).abs().max().item()
+    if retraction(name).order == 2:
+        assert error < 1e-5
+    elif min(size[1:]) > 1:
+        assert error > 1e-2
+
+
+def test_which_retractions_are_of_second_order():
+    assert {name for name, r in RETRACTIONS.items() if r.order == 2} == {"expm", "cayley", "polar"}
+    with pytest.raises(ValueError, match=r"should be one of \['expm', 'cayley', 'polar', 'qr'\]"):
+        retraction("exp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_derivatives_of_retractions(name, dtype):
+    """At any matrices, and at zero, where all eigenvalues coincide."""
+    apply = retraction(name).apply
+    for A in (skew(random(2, 3, 3, dtype=dtype)), torch.zeros(1, 3, 3, dtype=dtype)):
+        # of a free matrix: torch's QR is not differentiable beside the skew ones
+        def of_free(X, A=A):
+            return apply(A + skew(X))
+
+        X = (0 * A).requires_grad_()
+        assert torch.autograd.gradcheck(of_free, X, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(of_free, X)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 1e4])
+def test_polar_and_qr_are_what_they_are_called(norm):
+    for dtype in (torch.float64, torch.complex128):
+        A = norm * skew(random(3, 4, 4, dtype=dtype))
+        X = A + torch.eye(4, dtype=dtype)
+        U, _, Vh = torch.linalg.svd(X)
+        torch.testing.assert_close(retraction("polar").apply(A), U @ Vh)
+        Q = retraction("qr").apply(A)
+        R = Q.mH @ X
+        assert R.tril(-1).abs().max() < 1e-12 * norm + 1e-12
+        diagonal = R.diagonal(dim1=-2, dim2=-1)
+        assert (diagonal.real > 0).all()
+        assert diagonal.imag.abs().max() < 1e-11 * (1 + norm) if dtype.is_complex else True
+
+
+# In geotorch's own manifolds
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda triv: geotorch.SO((2, 6, 6), triv=triv),
+        lambda triv: geotorch.Stiefel((2, 6, 4), triv=triv),
+        lambda triv: geotorch.Grassmannian((2, 6, 3), triv=triv),
+        lambda triv: geotorch.LowRank((5, 4), rank=2, triv=triv),
+    ],
+)
+def test_it_is_a_trivialization_of_geotorchs_manifolds(make):
+    """The same values and gradients as with geotorch's own exponential."""
+    outcomes = []
+    for triv in ("expm", expm_skew):
+        torch.manual_seed(0)
+        manifold = make(triv).double()
+        holder = torch.nn.Module()
+        holder.weight = torch.nn.Parameter(manifold.sample())
+        torch.nn.utils.parametrize.register_parametrization(holder, "weight", manifold)
+        with torch.no_grad():
+            for i, parameter in enumerate(holder.parameters()):
+                parameter.add_(0.3 * random(*parameter.shape, seed=i))
+        weight = holder.weight
+        gradients = torch.autograd.grad(weight.sin().sum(), list(holder.parameters()))
+        outcomes.append((weight, *gradients))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,256 @@
+import subprocess
+import sys
+
+import geoopt
+import pytest
+import torch
+from oracles import defect, dense, random
+from scipy.linalg import logm
+
+from orthoconv_param import functional, orthogonality_defect
+from orthoconv_param.lattice import Lattice
+from orthoconv_param.manifold import OrthogonalKernels
+from orthoconv_param.trivializations import RETRACTIONS
+
+close = torch.testing.assert_close
+
+CASES = [  # size of the kernel, stride, groups
+    ((4, 4, 5, 6), 1, 1),
+    ((5, 3, 4, 3), 1, 1),
+    ((2, 5, 6), 1, 1),
+    ((9, 2, 5), 1, 1),
+    ((8, 2, 4, 6), (1, 2), 2),
+    ((4, 1, 4, 6), 2, 1),
+    ((3, 1, 4, 2, 3), 1, 3),
+]
+DTYPES = [torch.float64, torch.complex128]
+
+
+def make(size, stride, groups, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    manifold = OrthogonalKernels(size[2:], stride=stride, groups=groups, **options)
+    return manifold, manifold.random(*size, dtype=dtype)
+
+
+def tangent(manifold, x, length=1.0, seed=1):
+    u = manifold.proju(x, random(*x.shape, dtype=x.dtype, seed=seed))
+    return length * u / manifold.norm(x, u)
+
+
+def operator(manifold, x):
+    """The dense matrix, by torch's own convolution."""
+    return dense(
+        torch.as_tensor(x).as_subclass(torch.Tensor), manifold.domain, manifold.stride, manifold.groups
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_points(size, stride, groups, dtype):
+    manifold, x = make(size, stride, groups, dtype)
+    assert isinstance(x, geoopt.ManifoldTensor)
+    assert x.shape == size
+    assert x.dtype == dtype
+    origin = manifold.origin(*size, dtype=dtype)
+    nearest = manifold.projx(random(*size, dtype=dtype))
+    for point in (x, origin, nearest):
+        assert defect(operator(manifold, point)) < 1e-12
+        assert manifold.check_point_on_manifold(point)
+    close(manifold.projx(x).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor))
+    kernel = random(*size, dtype=dtype)
+    polar = functional.nearest_orthogonal(kernel, manifold.domain, stride=stride, groups=groups)
+    close(nearest, polar)
+    assert not manifold.check_point_on_manifold(kernel)
+    assert not manifold.check_point_on_manifold(x * 1.001)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_tangent_vectors(size, stride, groups, dtype):
+    manifold, x = make(size, stride, groups, dtype)
+    e = random(*size, dtype=dtype, seed=5)
+    u, v = tangent(manifold, x), tangent(manifold, x, seed=2)
+    Q, U = (operator(manifold, y) for y in (x, u))
+    tall = Q.shape[0] >= Q.shape[1]
+    for M in (U, operator(manifold, manifold.egrad2rgrad(x, e))):
+        product = Q.mH @ M if tall else M @ Q.mH
+        assert (product + product.mH).abs().max() < 1e-12
+    close(manifold.proju(x, u), u)
+    # the projection takes away what is orthogonal to every tangent vector
+    assert abs((v.conj() * (e - manifold.proju(x, e))).sum().real) < 1e-12
+    # the gradient represents the derivative in the metric
+    gradient = manifold.egrad2rgrad(x, e)
+    close(manifold.inner(x, gradient, v), (e.conj() * v).sum().real)
+    # the metric is that of the shortest lift of the dense operators
+    V = operator(manifold, v)
+    lifted = 2 * V - (Q @ (Q.mH @ V) if tall else (V @ Q.mH) @ Q)
+    close(manifold.inner(x, u, v), (U.conj() * lifted).sum().real)
+    assert manifold.inner(x, u, v, keepdim=True).shape == (1,) * len(size)
+    close(manifold.norm(x, u), torch.ones((), dtype=torch.float64))
+    assert manifold.check_vector_on_tangent(x, u)
+    assert not manifold.check_vector_on_tangent(x, e)
+    y = manifold.retr(x, u)
+    moved = manifold.transp(x, y, v)
+    assert manifold.check_vector_on_tangent(y, moved)
+    if Q.shape[0] == Q.shape[1]:
+        close(manifold.inner(y, manifold.transp(x, y, u), moved), manifold.inner(x, u, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RETRACTIONS)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_retractions_start_with_the_vector(size, stride, groups, name, dtype):
+    manifold, x = make(size, stride, groups, dtype, retraction=name)
+    u = tangent(manifold, x)
+    x = x.as_subclass(torch.Tensor)
+    assert defect(operator(manifold, manifold.retr(x, 3 * u))) < 1e-12
+    close(manifold.retr(x, 0 * u), x)
+    h = 1e-5
+    close((manifold.retr(x, h * u) - manifold.retr(x, -h * u)) / (2 * h), u, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_geodesics_have_constant_speed_and_logmap_inverts_them(size, stride, groups, dtype):
+    manifold, x = make(size, stride, groups, dtype)
+    u = tangent(manifold, x)
+    y = manifold.expmap(x, u)
+    close(manifold.logmap(x, y), u)
+    close(manifold.dist(x, y).item(), 1.0)
+    half = manifold.expmap(x, u / 2)
+    close(manifold.dist(x, half).item(), 0.5)
+    close(manifold.dist(half, y).item(), 0.5)
+    assert manifold.dist(x, x).item() < 1e-12
+    close(manifold.dist(x, y, keepdim=True).flatten()[0], manifold.dist(x, y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("stride", "groups", "size"), [(1, 1, (3, 3, 3, 4)), (1, 2, (4, 2, 5)), (2, 1, (8, 4, 6))]
+)
+def test_the_distance_is_that_of_the_dense_matrices(size, stride, groups, dtype):
+    """``|log(Q1^H Q2)|``, by scipy, of points that may be far from each other; and it is a distance."""
+    manifold, _ = make(size, stride, groups, dtype)
+    origin = manifold.origin(*size, dtype=dtype)
+    points = [manifold.expmap(origin, 12 * tangent(manifold, origin, seed=i)) for i in range(4)]
+    distances = torch.zeros(4, 4, dtype=torch.float64)
+    for i, x in enumerate(points):
+        for j, y in enumerate(points):
+            distances[i, j] = manifold.dist(x, y)
+            log = logm((operator(manifold, x).mH @ operator(manifold, y)).numpy())
+            close(distances[i, j], torch.tensor(log).abs().square().sum().sqrt(), atol=1e-6, rtol=1e-6)
+    close(distances, distances.mT)
+    assert distances.diagonal().max() < 1e-11
+    assert distances[0, 1] > 1
+    for i in range(4):
+        assert (distances <= distances[:, i : i + 1] + distances[i : i + 1] + 1e-12).all()
+
+
+def test_points_of_other_components_are_infinitely_far():
+    manifold, x = make((3, 3, 4), 1, 1)
+    y = x * -1.0  # determinants at the two real frequencies
+    assert manifold.dist(x, y) == torch.inf
+    assert manifold.dist(x, y, keepdim=True).shape == (1, 1, 1)
+    with pytest.raises(ValueError, match="determinant"):
+        manifold.logmap(x, y)
+
+
+@pytest.mark.parametrize("name", RETRACTIONS)
+@pytest.mark.parametrize("optimizer", ["RiemannianSGD", "RiemannianAdam"])
+def test_a_thousand_steps_in_single_precision_stay_on_it(optimizer, name):
+    size, stride, groups = ((4, 3, 6, 4), (1, 2), 1) if name in ("expm", "qr") else ((4, 4, 4, 4), 1, 1)
+    manifold = OrthogonalKernels(size[2:], stride=stride, groups=groups, retraction=name)
+    torch.manual_seed(0)
+    weight = geoopt.ManifoldParameter(manifold.random(*size), manifold=manifold)
+    start = weight.detach().clone()
+    options = {"lr": 1.0, "momentum": 0.5} if optimizer == "RiemannianSGD" else {"lr": 0.05}
+    steps = getattr(geoopt.optim, optimizer)([weight], **options)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(1000):
+        steps.zero_grad()
+        (weight * torch.randn(size, generator=draw)).sum().backward()
+        steps.step()
+    assert weight.dtype == torch.float32
+    value = weight.detach().as_subclass(torch.Tensor)
+    assert (value - start).norm() > 0.1
+    assert orthogonality_defect(value, manifold.domain, stride=stride, groups=groups) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize(("size", "stride"), [((3, 3, 4, 4), 1), ((4, 2, 6), 1), ((2, 2, 6), 2)])
+@pytest.mark.parametrize("optimizer", ["RiemannianSGD", "RiemannianAdam"])
+def test_a_kernel_is_trained(optimizer, size, stride, dtype):
+    """Towards a point that is not far; the closed form is known."""
+    manifold = OrthogonalKernels(size[2:], stride=stride)
+    torch.manual_seed(0)
+    origin = manifold.origin(*size, dtype=dtype)
+    u = tangent(manifold, origin.to(torch.promote_types(dtype, torch.float64)), 0.5).to(dtype)
+    target = manifold.expmap(origin, u).as_subclass(torch.Tensor)
+    weight = geoopt.ManifoldParameter(origin.clone(), manifold=manifold)
+    points = manifold._points
+    steps = getattr(geoopt.optim, optimizer)(
+        [weight], lr=0.3 * points if optimizer == "RiemannianSGD" else 0.02
+    )
+    for step in range(400):
+        if optimizer == "RiemannianAdam":
+            steps.param_groups[0]["lr"] = 0.05 * 0.98**step
+        steps.zero_grad()
+        (weight - target).abs().square().sum().backward()
+        steps.step()
+    close(weight.detach().as_subclass(torch.Tensor), target, atol=1e-4, rtol=0)
+
+
+def test_uniform_samples_are_haar_distributed():
+    """Moments of traces at a complex and at a real frequency, and both determinants there."""
+    manifold, _ = make((3, 3, 4), 1, 1)
+    torch.manual_seed(0)
+    lattice = Lattice((4,), (1,))
+    Q = torch.cat([lattice.spectrum(manifold.random(3, 3, 4, dtype=torch.float64)) for _ in range(4000)])
+    for frequency in range(3):
+        M = Q[:, frequency]
+        trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)
+        square = (M @ M).diagonal(dim1=-2, dim2=-1).sum(-1)
+        real = frequency != 1
+        # E |tr Q|^2 = 1; E tr Q^2 = 1 for orthogonal and 0 for unitary matrices, E |tr Q^2|^2 = 2 (+ 1)
+        assert trace.abs().square().mean() == pytest.approx(1, abs=0.08)
+        assert square.mean().real == pytest.approx(1 if real else 0, abs=0.1)
+        assert square.abs().square().mean() == pytest.approx(3 if real else 2, abs=0.25)
+        if real:
+            assert (torch.linalg.det(M).real > 0).double().mean() == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((8,), {}, TypeError, "domain should be a tuple"),
+        (((8, 0),), {}, ValueError, "domain should be positive"),
+        (((8, 8),), {"stride": 3}, ValueError, "divisible by the stride"),
+        (((8, 8),), {"stride": (1, 1, 1)}, ValueError, "stride should be positive, one for each"),
+        (((8, 8),), {"groups": 0}, ValueError, "groups should be positive"),
+        (((8, 8),), {"retraction": "exp"}, ValueError, "retraction should be one of"),
+    ],
+)
+def test_arguments_are_checked(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        OrthogonalKernels(*arguments, **options)
+
+
+def test_shapes_are_checked():
+    manifold = OrthogonalKernels((4, 6), groups=2)
+    assert "domain=(4, 6)" in repr(manifold)
+    for bad in ((4, 2, 4), (4, 2, 4, 5), (3, 2, 4, 6), (2, 4, 2, 4, 6)):
+        with pytest.raises(
+            ValueError, match=r"should be \(out, in/groups, \*\(4, 6\)\), out divisible by 2"
+        ):
+            manifold.random(*bad)
+        with pytest.raises(ValueError, match="should be"):
+            geoopt.ManifoldParameter(torch.zeros(bad), manifold=manifold)
+
+
+def test_importing_the_package_does_not_import_geoopt():
+    """It costs half a second."""
+    program = (
+        "import sys, orthoconv_param; assert 'geoopt' not in sys.modules; "
+        "from orthoconv_param import manifold; assert 'geoopt' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
