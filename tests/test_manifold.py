@@ -155,8 +155,15 @@ def test_points_of_other_components_are_infinitely_far():
         manifold.logmap(x, y)
 
 
-@pytest.mark.parametrize("name", RETRACTIONS)
-@pytest.mark.parametrize("optimizer", ["RiemannianSGD", "RiemannianAdam"])
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [
+        ("RiemannianSGD", "qr"),
+        ("RiemannianSGD", "cayley"),
+        ("RiemannianAdam", "expm"),
+        ("RiemannianAdam", "polar"),
+    ],
+)
 def test_a_thousand_steps_in_single_precision_stay_on_it(optimizer, name):
     size, stride, groups = ((4, 3, 6, 4), (1, 2), 1) if name in ("expm", "qr") else ((4, 4, 4, 4), 1, 1)
     manifold = OrthogonalKernels(size[2:], stride=stride, groups=groups, retraction=name)

@@ -1,6 +1,7 @@
 import copy
 import io
 import itertools
+from functools import partial
 
 import geotorch
 import numpy as np
@@ -889,9 +890,7 @@ def test_identity_with_a_spread(domain, dtype):
     distances = []
     for spread in (0.0, 1e-2, 1e-1):
         torch.manual_seed(0)
-        conv.weight = parametrization.sample(
-            "identity", lambda x, spread=spread: nn.init.normal_(x, std=spread)
-        )
+        conv.weight = parametrization.sample("identity", partial(nn.init.normal_, std=spread))
         assert parametrization.in_manifold(conv.weight)
         kernel = conv.weight.detach()
         eye = functional.identity((4, 4, 3, 3), kernel.shape[2:], dtype=dtype)
