@@ -1,5 +1,8 @@
 """Orthogonal and unitary convolutions, as a parametrization of any existing convolution's weight."""
 
+from importlib import import_module
+from types import ModuleType
+
 from . import functional
 from .conversion import orthogonal
 from .diagnostics import orthogonality_defect, report, singular_values
@@ -19,3 +22,10 @@ __all__ = [
     "set_orthogonality",
     "singular_values",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`manifold`, once it is used: it needs geoopt, whose import takes half a second."""
+    if name == "manifold":
+        return import_module(".manifold", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
