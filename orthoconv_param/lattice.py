@@ -284,6 +284,19 @@ class Lattice:
             x[:, own] = of_own.to(x.dtype)
         return chosen
 
+    def each(self, function: Callable[..., Tensor], *spectra: Tensor) -> Tensor:
+        """A function of matrices, given real ones at the frequencies that are their own negatives."""
+        if self.is_complex:
+            return function(*spectra)
+        own = _mirror(self.grid)[0]
+        others = sorted({*range(self.frequencies)} - {*own})
+        real = function(*(x[:, own].real for x in spectra)).to(spectra[0].dtype)
+        result = real.new_empty(real.shape[0], self.frequencies, *real.shape[2:])
+        result[:, own] = real
+        if others:
+            result[:, others] = function(*(x[:, others] for x in spectra))
+        return result
+
     def resolution(self, points: Size) -> "Lattice":
         """The same convolutions on a torus of ``points`` coarse points."""
         domain = tuple(s * n for s, n in zip(self.stride, points, strict=True))

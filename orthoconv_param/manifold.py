@@ -22,7 +22,7 @@ except ImportError as error:  # pragma: no cover
     raise ImportError('manifold needs geoopt: pip install "orthoconv_param[geoopt]"') from error
 
 from . import trivializations
-from .exponential import expm_skew, log_unitary, polar_frame
+from .exponential import HALF, expm_skew, log_unitary, polar_frame
 from .functional import identity, polar
 from .lattice import Lattice, Size, count, per_axis
 from .parametrization import haar
@@ -135,12 +135,14 @@ class OrthogonalKernels(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         """The inner product of tangent vectors; one number, ``keepdim`` with as many axes as a kernel."""
-        v = u if v is None else v
-        lattice = self._lattice(x)
-        rows, columns = lattice.blocks(x.shape)
+        product = (u.conj() * self._lifted(x, u if v is None else v)).sum().real
+        return self._shaped(product, x, keepdim)
+
+    def _lifted(self, x: Tensor, v: Tensor) -> Tensor:
+        """The metric as a map: what is to be multiplied, number by number, with the other vector."""
+        rows, columns = self._lattice(x).blocks(x.shape)
         lifted = v if rows == columns else self._of(lambda Q, V: 2 * V - Q @ (Q.mH @ V), x, v)
-        product = self._points * (u.conj() * lifted).sum().real
-        return product.reshape((1,) * x.ndim) if keepdim else product
+        return self._points * lifted
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """``Q_y Q_x^H v``, an isometry, for as many rows as columns; of frames the projection on ``y``."""
@@ -159,31 +161,59 @@ class OrthogonalKernels(Manifold):
         """The geodesic ``exp(A) Q`` from ``x`` with velocity ``u``, at time 1."""
         return self._of(lambda Q, U: retract("expm", Q, U), x, u)
 
+    @torch.no_grad()
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
-        """The shortest velocity of a geodesic from ``x`` to ``y``: `expmap`'s inverse while that is unique.
+        """The velocity of a shortest geodesic from ``x`` to ``y``: `expmap`'s inverse where that is unique.
+
+        Of frames it is that of a geodesic which an iteration finds: the shortest one if they are near to
+        each other. Not differentiable; `dist` and `dist2` are.
 
         Raises:
             ValueError: if no geodesic connects them: real kernels whose determinants differ in sign at a
-                frequency equal to its own negative; or if, for frames, it is so long that it is not found.
+                frequency equal to its own negative; or if, for frames that are far from each other, none is
+                found.
         """
         lattice, X = self._spectrum(x)
-        Y = lattice.spectrum(_plain(y))
+        Y = self._matrices(lattice, x, y)
         if X.shape[-2] < X.shape[-1]:
-            return lattice.kernel(lattice.choose(lambda P, Q: _log(P.mH, Q.mH).mH, X, Y)).to(x.dtype)
-        return lattice.kernel(lattice.choose(_log, X, Y)).to(x.dtype)
+            return lattice.kernel(lattice.each(lambda P, Q: _log(P.mH, Q.mH).mH, X, Y)).to(x.dtype)
+        return lattice.kernel(lattice.each(_log, X, Y)).to(x.dtype)
+
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """The square of `dist`. Its gradient in this metric is ``-2 logmap``; it has no second one."""
+        value, slope = self._squared(x, y)
+        return self._shaped(value + slope - slope.detach(), x, keepdim)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """The length of the shortest geodesic; ``|log(Q_x^H Q_y)|`` of the dense matrices, if square.
+        """The length of the geodesic of `logmap`; ``|log(Q_x^H Q_y)|`` of the dense matrices, if square.
 
-        Infinite between points that none connects. Raises as `logmap` where it is not found.
+        Infinite between points that none connects. Raises as `logmap` where it is not found. Its gradient
+        is that of ``dist2`` over ``2 dist``, and 0 at distance 0.
         """
+        value, slope = self._squared(x, y)
+        length = value.sqrt()
+        change = torch.where(length > 0, (slope - slope.detach()) / (2 * length).clamp(min=1e-30), 0)
+        return self._shaped(length + change, x, keepdim)
+
+    def _squared(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The squared distance, and a function of ``x`` and ``y`` that has its derivatives."""
+        here, there = (z.detach().as_subclass(Tensor) for z in (x, y))
+        slope = torch.zeros((), dtype=here.real.dtype, device=here.device)
         try:
-            return self.norm(x, self.logmap(x, y), keepdim=keepdim)
+            u = self.logmap(here, there)
         except ValueError as error:
             if "determinant" not in str(error):
                 raise
-            infinite = _plain(x).real.new_tensor(torch.inf)
-            return infinite.reshape((1,) * x.ndim) if keepdim else infinite
+            return torch.full_like(slope, torch.inf), slope
+        for z, base, other in ((x, here, there), (y, there, here)):
+            if z.requires_grad and torch.is_grad_enabled():
+                v = u if z is x else self.logmap(base, other)
+                moved = z.as_subclass(Tensor)
+                slope = slope - 2 * (self._lifted(base, v).conj() * moved).sum().real
+        return self.inner(here, u), slope
+
+    def _shaped(self, value: Tensor, x: Tensor, keepdim: bool) -> Tensor:
+        return value.reshape((1,) * x.ndim) if keepdim else value
 
     # Checks
 
@@ -200,16 +230,17 @@ class OrthogonalKernels(Manifold):
         _, Q = self._spectrum(x)
         Q = Q if Q.shape[-2] >= Q.shape[-1] else Q.mH
         largest = (Q.mH @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max().item()
-        return (True, None) if largest <= atol + rtol else (False, f"`Q^H Q != I` by {largest:.1e}")
+        ok = largest <= atol + rtol + _rounding(x)
+        return (True, None) if ok else (False, f"`Q^H Q != I` by {largest:.1e}")
 
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
         lattice, Q = self._spectrum(x)
-        U = lattice.spectrum(_plain(u))
+        U = self._matrices(lattice, x, u)
         product = Q.mH @ U if Q.shape[-2] >= Q.shape[-1] else U @ Q.mH
         largest = _symmetric(product).abs().max().item()
-        ok = largest <= atol + rtol * product.abs().max().item()
+        ok = largest <= atol + _rounding(u) + rtol * product.abs().max().item()
         return (True, None) if ok else (False, f"`Q^H u + u^H Q != 0` by {2 * largest:.1e}")
 
     def extra_repr(self) -> str:
@@ -238,10 +269,16 @@ class OrthogonalKernels(Manifold):
         lattice = self._lattice(x)
         return lattice, lattice.spectrum(_plain(x))
 
+    def _matrices(self, lattice: Lattice, x: Tensor, u: Tensor) -> Tensor:
+        if u.shape != x.shape or u.dtype != x.dtype:
+            alike, found = (f"{tuple(z.shape)}, {z.dtype}" for z in (x, u))
+            raise ValueError(f"points and vectors should be alike: {alike}. Found {found}")
+        return lattice.spectrum(_plain(u))
+
     def _of(self, function: Any, x: Tensor, *others: Tensor) -> Tensor:
         """The kernel of a function of matrices, which sees wide ones as their adjoints."""
         lattice, X = self._spectrum(x)
-        matrices = [X, *(lattice.spectrum(_plain(y)) for y in others)]
+        matrices = [X, *(self._matrices(lattice, x, y) for y in others)]
         if X.shape[-2] >= X.shape[-1]:
             return lattice.kernel(function(*matrices)).to(x.dtype)
         return lattice.kernel(function(*(M.mH for M in matrices)).mH).to(x.dtype)
@@ -250,6 +287,11 @@ class OrthogonalKernels(Manifold):
 def _plain(x: Tensor) -> Tensor:
     """Of torch's own class, whose functions then are torch's own; in single precision at least."""
     return x.as_subclass(Tensor).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rounding(x: Tensor) -> float:
+    """What storing kernels in half precision takes away from them."""
+    return 4 * torch.finfo(x.dtype).eps if x.dtype in HALF else 0.0
 
 
 def _symmetric(X: Tensor) -> Tensor:
@@ -286,10 +328,16 @@ def _log_frames(X: Tensor, Y: Tensor) -> Tensor:
         U = torch.cat([U[..., :-1], U[..., -1:] * sign[..., None, None]], -1)
         turned = W[..., k:] @ (Vh.mH @ U.mH)
     W = torch.cat([W[..., :k], turned], -1)
+    batch, tolerance = W.shape[:-2], 20 * torch.finfo(X.dtype).eps * k
+    W = W.flatten(0, -3)
+    L, left = torch.empty_like(W), torch.arange(len(W), device=W.device)
     for _ in range(_LONGEST_ITERATION):
-        L = log_unitary(W)
-        C = L[..., k:, k:]
-        if C.abs().amax() < 10 * torch.finfo(X.dtype).eps * k:
+        L[left] = log_unitary(W[left])
+        C = L[left, k:, k:]
+        open_ = C.abs().amax((-2, -1)) >= tolerance
+        left, C = left[open_], C[open_]
+        if not len(left):
+            L = L.unflatten(0, batch)
             return X @ L[..., :k, :k] + Z @ L[..., k:, :k]
-        W = torch.cat([W[..., :k], W[..., k:] @ expm_skew(-C)], -1)
+        W[left, :, k:] = W[left, :, k:] @ expm_skew(-C)
     raise ValueError("no geodesic was found between these frames, which are far from each other")

@@ -262,3 +262,42 @@ def test_importing_the_package_does_not_import_geoopt():
         "from orthoconv_param import manifold"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_the_distance_has_the_gradient_of_a_distance(size, stride, groups, dtype):
+    """``grad dist2 = -2 log``, of length ``2 dist``, at both ends."""
+    manifold, x = make(size, stride, groups, dtype)
+    x = x.as_subclass(torch.Tensor)
+    y = manifold.expmap(x, tangent(manifold, x, 0.7))
+    for first, second in ((x, y), (y, x)):
+        point = first.clone().requires_grad_()
+        for arguments in ((point, second), (second, point)):
+            (e,) = torch.autograd.grad(manifold.dist2(*arguments), point)
+            close(manifold.egrad2rgrad(first, e), -2 * manifold.logmap(first, second))
+            (e,) = torch.autograd.grad(manifold.dist(*arguments), point)
+            close(manifold.norm(first, manifold.egrad2rgrad(first, e)).item(), 1.0)
+    point = x.clone().requires_grad_()
+    assert not torch.autograd.grad(manifold.dist(point, x), point)[0].isnan().any()
+
+
+def test_distances_on_a_sphere_are_angles():
+    """A frame of one column on a domain of one point: the metric is twice the sphere's."""
+    manifold = OrthogonalKernels((1,))
+    for seed in range(40):
+        x, y = (torch.nn.functional.normalize(random(4, seed=2 * seed + i), dim=0) for i in (0, 1))
+        angle = torch.arccos(x @ y)
+        close(manifold.dist(x.view(4, 1, 1), y.view(4, 1, 1)), 2**0.5 * angle)
+
+
+def test_vectors_are_checked():
+    manifold, x = make((3, 3, 4), 1, 1)
+    zero = torch.zeros(3, 3, 4)
+    for bad in (torch.zeros(3, 3, 5).double(), zero, zero.to(torch.complex128)):
+        for method in (manifold.proju, manifold.retr, manifold.logmap):
+            with pytest.raises(ValueError, match="points and vectors should be alike"):
+                method(x, bad)
+    half = x.bfloat16()
+    assert manifold.check_point_on_manifold(half)
+    assert manifold.dist(half, half).dtype == torch.bfloat16
