@@ -227,11 +227,12 @@ def report(
     """
     names = convolutions_of(model)
     asked = {names[name]: pairs for name, pairs in by_name(blocks or {}, names).items()}
-    convolutions = {name: m for name, m in model.named_modules() if m in names.values()}
     seen = sizes(model, example_inputs)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: list[Row] = []
-    for name, module in convolutions.items():
+    for name, module in model.named_modules():  # each once, by its first name
+        if name not in names:
+            continue
         if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
             raise ValueError(f"the parameters of {name or 'the model'} should be finite. Found nan or inf")
         with torch.no_grad(), parametrize.cached():  # a parametrized weight is computed once

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import trivializations
 from .exponential import HALF, check_dtype, norm_bound, polar_frame, refine, skew
-from .functional import identity, polar, semi_orthogonal
+from .functional import polar, semi_orthogonal
 from .lattice import Lattice, Placement, Size, count, pack, per_axis, sampling, unpack
 
 # Norms are rounded up to these many levels per octave, so that K changes rarely, and below the
@@ -365,31 +365,24 @@ class ConvExponential(nn.Module):
             )
         if init_ is not None and distribution == "uniform":
             raise ValueError('init_ should be None with distribution="uniform", which is one measure')
-        if distribution == "identity" and init_ is not None:
-            generator = precise(reference.new_zeros(size))
-            init_(generator)
-            if self.domain == "any":
-                return generator.to(reference.dtype)
-            rows, columns = lattice.blocks(size)
-            A = _square_skew(lattice.spectrum(generator, self.placement))
-            Q = trivializations.trivialization(self.triv)(A)[..., :rows, :columns]
-            return lattice.kernel(Q).to(reference.dtype)
-        if self.domain == "any":
-            return reference.new_zeros(size)
-        if distribution == "identity":
-            return identity(
-                size, lattice.domain, stride=lattice.stride, groups=self.groups,
-                dtype=reference.dtype, device=reference.device,
-            )  # fmt: skip
         rows, columns = lattice.blocks(size)
         m = max(rows, columns)
-        dtype = torch.promote_types(precise(reference).dtype, torch.complex64)
-        empty = torch.empty(self.groups, lattice.frequencies, m, m, dtype=dtype, device=reference.device)
-        if distribution == "uniform":
-            Q = lattice.choose(haar, empty)
+        like = precise(reference)
+        if distribution == "identity":
+            generator = like.new_zeros(size)
+            if init_ is not None:
+                init_(generator)
+            if self.domain == "any":
+                return generator.to(reference.dtype)
+            A = _square_skew(lattice.spectrum(generator, self.placement))
         else:
+            dtype = torch.promote_types(like.dtype, torch.complex64)
+            empty = like.new_empty(self.groups, lattice.frequencies, m, m, dtype=dtype)
+            if distribution == "uniform":
+                Q = lattice.choose(haar, empty)
+                return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
             A = lattice.choose(lambda like: _torus(like, init_), empty)
-            Q = trivializations.trivialization(self.triv)(A)
+        Q = trivializations.trivialization(self.triv)(A)
         return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
 
     def extra_repr(self) -> str:

@@ -422,13 +422,13 @@ def by_name(blocks: Mapping[str, Iterable[Block]], chosen: Mapping[str, Any]) ->
     """
     if not isinstance(blocks, Mapping):
         raise TypeError(f"blocks should be a dict from names to pairs of slices. Found {blocks!r}")
-    by_name: dict[str, list[Block]] = {}
+    found: dict[str, list[Block]] = {}
     for pattern, pairs in blocks.items():
         for name in _matching(pattern, chosen, "blocks"):
-            if name in by_name:
+            if name in found:
                 raise ValueError(f"blocks should name each convolution once. Found {name!r} twice")
-            by_name[name] = list(pairs)
-    return by_name
+            found[name] = list(pairs)
+    return found
 
 
 def _check_shared(model: nn.Module, module: Any) -> None:
