@@ -47,7 +47,7 @@ def test_the_polynomial_is_the_exponential_on_its_interval(dtype):
     x = np.linspace(-radius, radius, 1001)
     z = torch.from_numpy(1j * x).reshape(-1, 1, 1)
     values = exponential._evaluate(z, z @ z, coefficients).flatten().numpy()
-    assert np.abs(values - np.exp(1j * x)).max() < max(0.1 * torch.finfo(dtype).eps, 3e-16)
+    assert np.abs(values - np.exp(1j * x)).max() < torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("schedule")
@@ -144,6 +144,23 @@ def test_unitarity_holds_where_values_have_no_digits_left(dtype, norm):
     assert (Q.mH @ Q - torch.eye(5, dtype=dtype)).abs().max() <= 50 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("norm", [1.0, 1e3, 1e8])
+def test_large_matrices(norm):
+    A = skew_of_norm(norm, 300, torch.float32, batch=(2,)).requires_grad_()
+    with_bad = torch.cat([A, A.detach()[:1] * torch.nan])
+    Q = expm_skew(with_bad)
+    assert (Q[:2].mH @ Q[:2] - torch.eye(300)).abs().max() <= 300 * torch.finfo(torch.float32).eps
+    assert Q[2].isnan().all()
+    if norm == 1.0:
+        G = random(2, 300, 300, dtype=torch.float32, seed=1)
+        (gradient,) = torch.autograd.grad(Q[:2], A, G)
+        exact = [
+            expm_frechet(-a, g, compute_expm=False) for a, g in zip(A.detach().double(), G, strict=True)
+        ]
+        exact = torch.stack([skew(torch.as_tensor(x)) for x in exact])
+        torch.testing.assert_close(gradient.double(), exact, atol=1e-5, rtol=1e-5)
+
+
 def test_a_norm_beyond_the_fixed_schedule_is_nan(monkeypatch):
     monkeypatch.setattr(exponential, "_may_wait", lambda device: False)
     assert expm_skew(skew_of_norm(1e6, 3, torch.float64)).isnan().all()
@@ -186,7 +203,7 @@ def test_norm_bound_is_one_and_is_close(dtype):
     exact = torch.linalg.matrix_norm(A, 2)
     bound = norm_bound(A)
     assert (bound >= exact * (1 - 1e-6)).all()
-    assert (bound <= 1.3 * exact).all()
+    assert (bound <= 1.1 * exact).all()
 
 
 def special_unitary(angles, dtype, seed=0):
