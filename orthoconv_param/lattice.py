@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 2**17  # complex numbers that are transformed at once: a megabyte in single precision
+_MATRIX_TAPS = 64  # up to which a transform is made by a matrix rather than fast
 
 Size: TypeAlias = tuple[int, ...]
 Chosen = TypeVar("Chosen", Tensor, tuple[Tensor, ...])
@@ -211,59 +211,50 @@ class Lattice:
             ``(groups, frequencies, out/groups, in/groups * s^d)``, complex.
         """
         placement = placement or Placement.centred(tuple(kernel.shape[2:]))
-        # Some output channels at a time, so that they are transformed and transposed within the cache.
+        phases, positions = self._polyphase(kernel, placement)
+        # Channels last: the matrices then come out as they are, without a transposed copy of all of them.
+        x = phases.flatten(0, 1).movedim(0, -1)
+        for axis in reversed(range(len(self.grid))):
+            folded = not self.is_complex and axis == len(self.grid) - 1
+            x = _analyse(x, axis, self.grid[axis], positions[axis], folded)
         height, columns = self.blocks(kernel.shape)
-        portion = max(1, _CHUNK // (columns * self.frequencies))
-        if self.groups > 1:  # whole groups
-            portion = max(1, portion // height) * height
-        if portion >= len(kernel) or kernel.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._spectrum(kernel, placement, height).contiguous()
-        axis, pieces = (0 if self.groups > 1 else 2), kernel.split(portion)
-        if torch.is_grad_enabled() and kernel.requires_grad:
-            return torch.cat([self._spectrum(piece, placement, height) for piece in pieces], axis)
-        # each in its place, without a second copy of all of them
-        size, dtype = (self.groups, self.frequencies, height, columns), kernel.dtype.to_complex()
-        spectrum, first = kernel.new_empty(size, dtype=dtype), 0
-        for piece in pieces:
-            x = self._spectrum(piece, placement, height)
-            spectrum.narrow(axis, first, x.shape[axis]).copy_(x)
-            first += x.shape[axis]
-        return spectrum
+        return x.reshape(self.frequencies, self.groups, height, columns).movedim(1, 0).contiguous()
 
-    def _spectrum(self, kernel: Tensor, placement: Placement, height: int) -> Tensor:
-        """`spectrum` of some of the output channels, of which a group has ``height``, as a view."""
-        taps, axes = tuple(kernel.shape[2:]), tuple(range(2, kernel.ndim))
-        if self.is_complex:
-            phases = self.phases(_wrap(kernel, self.domain, placement))
-            spectrum = torch.fft.ifftn(phases, dim=axes, norm="forward")
-        else:
-            # The conjugate of a transform is that of the reversed kernel, which costs less to reverse.
-            if max(self.stride) == 1:
-                phases = _wrap(kernel.flip(axes), self.domain, placement.reversed(taps))
-            else:
-                phases = _reverse(self.phases(_wrap(kernel, self.domain, placement)), axes)
-            spectrum = torch.fft.rfftn(phases, dim=axes)
-        matrices = spectrum.reshape(
-            -1, min(len(kernel), height), self.blocks(kernel.shape)[1], self.frequencies
-        )
-        return matrices.movedim(-1, 1)
+    def _polyphase(self, kernel: Tensor, placement: Placement) -> tuple[Tensor, list[range]]:
+        """The kernel ``(out, in/groups * s^d, *taps)`` on the coarse grid, and where its taps are."""
+        axes = list(zip(placement.dilation, placement.origin, self.stride, strict=True))
+        if max(self.stride) == 1:
+            sizes = zip(kernel.shape[2:], axes, strict=True)
+            return kernel, [range(-o, r * k - o, r) for k, (r, o, _) in sizes]
+        sides, starts = [], []
+        for axis, (r, origin, s) in enumerate(axes, start=2):
+            kernel = _spread(kernel, axis, r)
+            start = -origin // s
+            before = -origin - s * start
+            sides.append((before, -(kernel.shape[axis] + before) % s))
+            starts.append(start)
+        phases = self.phases(F.pad(kernel, [n for side in sides[::-1] for n in side]))
+        return phases, [range(e, e + k) for e, k in zip(starts, phases.shape[2:], strict=True)]
 
     def kernel(self, spectrum: Tensor) -> Tensor:
-        """The inverse of `spectrum`: the kernel ``(out, in/groups, *taps)`` of these matrices."""
+        """The inverse of `spectrum`: the kernel ``(out, in/groups, *taps)`` of these matrices.
+
+        In memory its channels come last.
+        """
         d = len(self.domain)
-        grid, axes = self.grid, tuple(range(2, d + 2))
-        spectrum = spectrum.movedim(1, -1).flatten(0, 1).unflatten(-1, self.stored)
-        if self.is_complex:
-            phases = torch.fft.fftn(spectrum, dim=axes, norm="forward")
-        else:
-            phases = _reverse(torch.fft.irfftn(spectrum, s=grid, dim=axes), axes)
-        torus = self.interleave(phases)
-        if not self.compact:
-            return torch.roll(torus, [centre(n) for n in self.domain], axes)
-        origin = [s * centre(n) for n, s in zip(grid, self.stride, strict=True)]
-        extra = [t - n for t, n in zip(self.taps, self.domain, strict=True)]
-        padding = [p for e in reversed(extra) for p in (e, 0)]
-        return F.pad(torch.roll(torus, origin, axes), padding)
+        groups, _, height, columns = spectrum.shape
+        x = spectrum.movedim(0, 1).reshape(*self.stored, -1)
+        for axis, n in enumerate(self.grid):
+            folded = not self.is_complex and axis == d - 1
+            x = _synthesise(x, axis, n, range(-centre(n), n - centre(n)), folded)
+        phases = x.unflatten(-1, (groups * height, columns)).movedim((-2, -1), (0, 1))
+        torus, axes = self.interleave(phases), tuple(range(2, d + 2))
+        if self.compact:
+            padding = [p for s in reversed(self.stride) for p in (s - 1, 0)]
+            return F.pad(torus, padding) if max(padding) else torus
+        coarse = zip(self.domain, self.stride, self.grid, strict=True)
+        shifts = [centre(n) - s * centre(m) for n, s, m in coarse]
+        return torch.roll(torus, shifts, axes) if max(shifts) else torus
 
     def choose(self, choice: Callable[..., Chosen], *spectra: Tensor) -> Chosen:
         """``choice(*spectra)``, made once for each pair of frequencies ``+w, -w`` and conjugated.
@@ -424,11 +415,6 @@ def cut(images: Tensor, size: Size, start: Size | None = None) -> Tensor:
     return images
 
 
-def _reverse(torus: Tensor, axes: Size) -> Tensor:
-    """``torus[-q]`` at ``q``."""
-    return torch.roll(torus.flip(axes), (1,) * len(axes), axes)
-
-
 def fold(kernel: Tensor, domain: Size, dilation: Size) -> Tensor:
     """The same convolution on a torus, by a centred kernel with a tap for each of its points."""
     torus = _wrap(kernel, domain, Placement.centred(tuple(kernel.shape[2:]), dilation))
@@ -440,8 +426,7 @@ def _wrap(kernel: Tensor, domain: Size, placement: Placement) -> Tensor:
     axes = zip(domain, placement.dilation, placement.origin, strict=True)
     for axis, (n, r, origin) in enumerate(axes, start=2):
         after = (0, 0) * (kernel.ndim - axis - 1)  # for `pad`, which begins with the last axis
-        if r > 1:  # zeros between the taps
-            kernel = F.pad(kernel.unsqueeze(axis + 1), (*after, 0, r - 1)).flatten(axis, axis + 1)
+        kernel = _spread(kernel, axis, r)
         k = kernel.shape[axis]
         if k > n:
             kernel = F.pad(kernel, (*after, 0, ceil(k / n) * n - k)).unflatten(axis, (-1, n)).sum(axis)
@@ -451,6 +436,59 @@ def _wrap(kernel: Tensor, domain: Size, placement: Placement) -> Tensor:
             gap = kernel.new_zeros(*kernel.shape[:axis], n - k, *kernel.shape[axis + 1 :])
             kernel = torch.cat([rest, gap, before], axis)
     return kernel
+
+
+def _spread(kernel: Tensor, axis: int, dilation: int) -> Tensor:
+    """The kernel with zeros after each of its taps."""
+    if dilation == 1:
+        return kernel
+    after = (0, 0) * (kernel.ndim - axis - 1)  # for `pad`, which begins with the last axis
+    return F.pad(kernel.unsqueeze(axis + 1), (*after, 0, dilation - 1)).flatten(axis, axis + 1)
+
+
+# Transforms along one axis of ``(*axes, channels)``. With few taps they are products with a matrix, which
+# writes the frequencies where they belong; a fast transform would have to be given zeros between the taps.
+
+
+def _analyse(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> Tensor:
+    """``sum_t exp(2 pi i u e_t / n) x[t]`` at all ``u``, or if ``x`` is real at half of them."""
+    if len(positions) <= _MATRIX_TAPS:
+        E = _exponentials(n, positions, folded, torch.promote_types(x.dtype, torch.complex64), x.device)
+        return _product_along(E, x.to(E.dtype), axis)
+    # The fast transform of a real signal has the other sign: it is given the signal in reverse.
+    index = torch.tensor([(-e if folded else e) % n for e in positions], device=x.device)
+    torus = x.new_zeros(*x.shape[:axis], n, *x.shape[axis + 1 :]).index_add(axis, index, x)
+    return torch.fft.rfft(torus, dim=axis) if folded else torch.fft.ifft(torus, dim=axis, norm="forward")
+
+
+def _synthesise(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> Tensor:
+    """The inverse: the taps at ``positions``, real ones if half of the frequencies are given."""
+    if len(positions) <= _MATRIX_TAPS:
+        E = _exponentials(n, range(-positions.start, -positions.stop, -1), folded, x.dtype, x.device)
+        weights = torch.full((len(E),), 1 / n, dtype=x.real.dtype, device=x.device)
+        if folded:  # a frequency and its negative
+            weights[1 : (n + 1) // 2] *= 2
+        taps = _product_along(E.mT * weights, x, axis)
+        return taps.real.contiguous() if folded else taps
+    index = torch.tensor([(-e if folded else e) % n for e in positions], device=x.device)
+    torus = torch.fft.irfft(x, n, dim=axis) if folded else torch.fft.fft(x, dim=axis, norm="forward")
+    return torus.index_select(axis, index)
+
+
+def _product_along(E: Tensor, x: Tensor, axis: int) -> Tensor:
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    flat = x.reshape(*before[:0], prod(before), x.shape[axis], prod(after)) if axis else x.flatten(1)
+    return (E @ flat).reshape(*before, len(E), *after)
+
+
+def _exponentials(
+    n: int, positions: range, folded: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``exp(2 pi i u e_t / n)``, one row for each frequency ``u``."""
+    u = torch.arange(n // 2 + 1 if folded else n, device=device)
+    e = torch.arange(positions.start, positions.stop, positions.step, device=device)
+    angles = torch.outer(u, e).remainder(n).double() * (2 * pi / n)
+    return torch.polar(torch.ones_like(angles), angles).to(dtype)
 
 
 @lru_cache(maxsize=64)

@@ -162,30 +162,32 @@ def test_what_does_not_fit_is_named(error, arguments, message):
 
 
 @pytest.mark.parametrize("geometry", [{}, {"stride": (2, 1)}, {"groups": 3}, {"is_complex": True}])
-@pytest.mark.parametrize("grad", [True, False])
-def test_spectra_in_pieces_are_those_at_once(geometry, grad, monkeypatch):
+def test_transforms_by_matrices_are_the_fast_ones(geometry, monkeypatch):
     lattice = Lattice(
         (6, 5), geometry.get("stride", (1, 1)), geometry.get("groups", 1), "is_complex" in geometry
     )
     dtype = torch.complex128 if lattice.is_complex else torch.float64
     kernels, tangent = random(3, 12, 4, 3, 3, dtype=dtype), random(12, 4, 3, 3, dtype=dtype, seed=1)
     outcomes = []
-    for chunk in (2**17, 1, 200):
-        monkeypatch.setattr(lattice_module, "_CHUNK", chunk)
-        with torch.set_grad_enabled(grad):
-            spectrum = lattice.spectrum(kernels[0])
-            assert spectrum.is_contiguous()
-            jvp = torch.func.jvp(lattice.spectrum, (kernels[0],), (tangent,))[1]
-            with torch.autograd.forward_ad.dual_level():
-                dual = torch.autograd.forward_ad.make_dual(kernels[0], tangent)
-                legacy = torch.autograd.forward_ad.unpack_dual(lattice.spectrum(dual)).tangent
-            vmap = torch.func.vmap(lattice.spectrum)(kernels)
+    for taps in (64, 0):
+        monkeypatch.setattr(lattice_module, "_MATRIX_TAPS", taps)
+        spectrum = lattice.spectrum(kernels[0])
+        assert spectrum.is_contiguous()
+        jvp = torch.func.jvp(lattice.spectrum, (kernels[0],), (tangent,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(kernels[0], tangent)
+            legacy = torch.autograd.forward_ad.unpack_dual(lattice.spectrum(dual)).tangent
+        vmap = torch.func.vmap(lattice.spectrum)(kernels)
         kernel = kernels[0].clone().requires_grad_()
-        gradient = torch.autograd.grad(lattice.spectrum(kernel).abs().square().sum(), kernel)[0]
-        outcomes.append((spectrum, jvp, legacy, vmap, gradient))
-    for pieces in outcomes[1:]:
-        for one, other in zip(pieces, outcomes[0], strict=True):
-            close(one, other)
+        weights = random(*spectrum.shape, dtype=torch.complex128, seed=2)
+        value = (lattice.spectrum(kernel).abs().square() * weights.real).sum()
+        gradient = torch.autograd.grad(value, kernel)[0]
+        M = random(*spectrum.shape, dtype=torch.complex128, seed=3).requires_grad_()
+        torus = lattice.kernel(M)
+        back = torch.autograd.grad(torus, M, random(*torus.shape, dtype=dtype, seed=4))[0]
+        outcomes.append((spectrum, jvp, legacy, vmap, gradient, torus, back))
+    for one, other in zip(*outcomes, strict=True):
+        close(one, other)
 
 
 def test_cropping_gives_back_what_was_embedded():
