@@ -134,13 +134,21 @@ def expm_skew(A: Tensor) -> Tensor:
         return expm_skew(A.float()).to(A.dtype)
     if A.shape[-1] == 1:
         return torch.exp((A - torch.conj_physical(A)) / 2)
+    return exponential(A)
+
+
+def exponential(A: Tensor, norm: float | None = None) -> Tensor:
+    """`expm_skew` of matrices ``(..., n, n)``, of which a bound on the spectral norm may be known.
+
+    It is not computed then. (Off the CPU it is not used.)
+    """
     # Note [operator and Function]
     # torch.compile cannot trace through an autograd.Function that has a jvp, and torch.func cannot
     # differentiate an operator with register_autograd (its jvp is silently zero). So each is used
     # where it works, and both run the same operator.
     if torch.compiler.is_compiling():
-        return torch.ops.orthoconv_param.expm_skew(A)
-    return _Expm.apply(A)
+        return torch.ops.orthoconv_param.expm_skew(A, norm)
+    return _Expm.apply(A, norm)
 
 
 def norm_bound(A: Tensor) -> Tensor:
@@ -149,12 +157,12 @@ def norm_bound(A: Tensor) -> Tensor:
     From the traces of ``A^8`` and ``A^16``, three products; 1.02 times the norm for random matrices of
     size 64.
     """
-    # divided by the largest entry, so that no power overflows
-    largest = A.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
-    A2 = (A / largest) @ (A / largest)
+    # divided by a norm, so that no power overflows
+    size = _frobenius(A).clamp(min=torch.finfo(A.dtype).tiny)
+    A = A * (1 / size)[..., None, None]
+    A2 = A @ A
     A4 = A2 @ A2
-    bound = _largest_eigenvalue(_frobenius(A4), _frobenius(A4 @ A4), A) ** 0.125
-    return bound * largest[..., 0, 0]
+    return _largest_eigenvalue(_frobenius(A4), _frobenius(A4 @ A4), A) ** 0.125 * size
 
 
 def _largest_eigenvalue(X: Tensor, square: Tensor, A: Tensor) -> Tensor:
@@ -215,12 +223,53 @@ def refine(Q: Tensor) -> Tensor:
 
     What is added is of the size of rounding, and so has no derivative.
     """
-    Q = Q.to(torch.complex128)
+    exact = Q.to(torch.complex128, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        tall = Q.shape[-2] >= Q.shape[-1]
-        exact = polish(Q) if tall else polish(Q.mH).mH
-        added = exact - Q
-    return Q + added
+        tall, flat = Q.shape[-2] >= Q.shape[-1], exact.view(prod(Q.shape[:-2]), *Q.shape[-2:])
+        for piece in [slice(None)] if torch.compiler.is_compiling() else _pieces(flat):
+            X = flat[piece]
+            adjoint = X.mH.resolve_conj()
+            defect = adjoint @ X if tall else X @ adjoint
+            defect.diagonal(dim1=-2, dim2=-1).sub_(1)
+            # which is small, so that single precision is enough for the product with it
+            defect, X32 = defect.to(torch.complex64), X.to(torch.complex64)
+            flat[piece] -= 0.5 * (X32 @ defect if tall else defect @ X32)
+    return exact
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """``A @ B`` of batches of matrices, with derivatives that are products of adjoints as fast as it is.
+
+    (Torch's own are products of lazily conjugated batches, which it copies matrix by matrix.)
+    """
+    # see Note [operator and Function]
+    return A @ B if torch.compiler.is_compiling() or not A.is_complex() else _Product.apply(A, B)
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(A: Tensor, B: Tensor) -> Tensor:
+        return A @ B
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        A, B = ctx.saved_tensors
+        dA = product(G, B.mH.resolve_conj()) if ctx.needs_input_grad[0] else None
+        dB = product(A.mH.resolve_conj(), G) if ctx.needs_input_grad[1] else None
+        return dA, dB
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor | None, dB: Tensor | None) -> Tensor:
+        A, B = ctx.saved_tensors
+        terms = [product(X, Y) for X, Y in ((dA, B), (A, dB)) if X is not None and Y is not None]
+        return sum(terms[1:], start=terms[0])
 
 
 def polar_frame(X: Tensor) -> Tensor:
@@ -334,29 +383,22 @@ class _Scaled(NamedTuple):
     scale: float | Tensor
 
 
-def _scale(A: Tensor) -> _Scaled:
-    """Scales skew matrices to where the polynomial is the exponential.
+def _scale(A: Tensor, norm: float | None) -> _Scaled:
+    """Scales skew matrices, of a norm that may be known, to where the polynomial is the exponential.
 
     On the CPU ``s`` is read. Elsewhere reading it would wait for the device: there the squarings
     are as many as the largest norm needs, and a mask says which of them are to be made.
     """
     radius, coefficients = _POLYNOMIALS[A.dtype.to_real()]
     A2 = A @ A
-    bounds = _largest_eigenvalue(_frobenius(A), _frobenius(A2), A).sqrt() / radius
     if _may_wait(A.device):
-        bound = bounds.amax().item()
-        if not isfinite(bound):  # a bad matrix spoils no other
-            finite = bounds.isfinite()
-            A, A2 = (torch.where(finite[..., None, None], X, torch.nan) for X in (A, A2))
-            bound = torch.where(finite, bounds, 0).amax().item()
-        # Traces of higher powers, one product, may spare all squarings, and of large matrices pay anyway.
-        if 1 < bound < A.shape[-1] ** 0.125 or (bound > 1 and A.shape[-1] >= _CLOSER_BOUND):
-            closer = _largest_eigenvalue(_frobenius(A2), _frobenius(A2 @ A2), A) ** 0.25 / radius
-            bound = min(bound, closer.nan_to_num(0).amax().item())
+        A, A2, bound = _read_norm(A, A2, radius) if norm is None else (A, A2, norm)
+        bound /= radius
         s = ceil(log2(bound)) if bound > 1 else 0
         if s > 0:
             A, A2 = A * 0.5**s, A2 * 0.25**s
         return _Scaled(A, A2, coefficients, s, None, 0.5**s)
+    bounds = _largest_eigenvalue(_frobenius(A), _frobenius(A2), A).sqrt() / radius
     finite = bounds.isfinite()
     most = ceil(log2(_LARGEST_NORM / radius))
     A, A2 = (torch.where(finite[..., None, None], X, torch.nan) for X in (A, A2))
@@ -365,6 +407,24 @@ def _scale(A: Tensor) -> _Scaled:
     counts = torch.arange(most, device=A.device) < steps
     scale = torch.exp2(-steps)
     return _Scaled(A * scale, A2 * scale**2, coefficients, most, counts, scale)
+
+
+def _read_norm(A: Tensor, A2: Tensor, radius: float) -> tuple[Tensor, Tensor, float]:
+    """Skew matrices and their squares, NaN where they are not finite, and a bound on the norm of the rest.
+
+    The bound is as close as is worth its cost where norms up to ``radius`` need no squarings.
+    """
+    bounds, n = _largest_eigenvalue(_frobenius(A), _frobenius(A2), A).sqrt(), A.shape[-1]
+    bound = bounds.amax().item()
+    if not isfinite(bound):  # a bad matrix spoils no other
+        finite = bounds.isfinite()
+        A, A2 = (torch.where(finite[..., None, None], X, torch.nan) for X in (A, A2))
+        bound = torch.where(finite, bounds, 0).amax().item()
+    # Traces of higher powers, one product, may spare all squarings, and of large matrices pay anyway.
+    if radius < bound and (bound < radius * n**0.125 or n >= _CLOSER_BOUND):
+        closer = _largest_eigenvalue(_frobenius(A2), _frobenius(A2 @ A2), A) ** 0.25
+        bound = min(bound, closer.nan_to_num(0).amax().item())
+    return A, A2, bound
 
 
 def _frobenius(X: Tensor) -> Tensor:
@@ -388,14 +448,14 @@ def _squarings(Q: Tensor, s: int, counts: Tensor | None) -> list[Tensor]:
     return chain
 
 
-def _expm_chunk(A: Tensor) -> Tensor:
-    A, A2, coefficients, s, counts, _ = _scale(skew(A))
+def _expm_chunk(A: Tensor, norm: float | None = None) -> Tensor:
+    A, A2, coefficients, s, counts, _ = _scale(skew(A), norm)
     Q = _squarings(_evaluate(A, A2, coefficients), s, counts)[-1]
     return Q if 2**s <= min(_ROUNDING, 5 * Q.shape[-1]) else polish(Q)
 
 
-def _expm_vjp_chunk(A: Tensor, G: Tensor) -> Tensor:
-    A, A2, coefficients, s, counts, scale = _scale(skew(A))
+def _expm_vjp_chunk(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
+    A, A2, coefficients, s, counts, scale = _scale(skew(A), norm)
     G = torch.conj_physical(G)
     if s > 0:
         G = G * scale
@@ -431,31 +491,32 @@ def _pieces(batch: Tensor) -> list[slice]:
 
 
 @torch.library.custom_op("orthoconv_param::expm_skew", mutates_args=())
-def _expm(A: Tensor) -> Tensor:
-    return _in_chunks(_expm_chunk, A)
+def _expm(A: Tensor, norm: float | None = None) -> Tensor:
+    return _in_chunks(lambda A: _expm_chunk(A, norm), A)
 
 
 @torch.library.custom_op("orthoconv_param::expm_skew_vjp", mutates_args=())
-def _expm_vjp(A: Tensor, G: Tensor) -> Tensor:
-    return _in_chunks(_expm_vjp_chunk, A, G)
+def _expm_vjp(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
+    return _in_chunks(lambda A, G: _expm_vjp_chunk(A, G, norm), A, G)
 
 
 @_expm.register_fake
-def _(A: Tensor) -> Tensor:
+def _(A: Tensor, norm: float | None = None) -> Tensor:
     return torch.empty_like(A, memory_format=torch.contiguous_format)
 
 
 @_expm_vjp.register_fake
-def _(A: Tensor, G: Tensor) -> Tensor:
+def _(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
     return torch.empty_like(A, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, float | None], output: Tensor) -> None:
+    A, ctx.norm = inputs
+    ctx.save_for_backward(A)
 
 
 _expm.register_autograd(
-    lambda ctx, G: torch.ops.orthoconv_param.expm_skew_vjp(*ctx.saved_tensors, G),
+    lambda ctx, G: (torch.ops.orthoconv_param.expm_skew_vjp(*ctx.saved_tensors, G, ctx.norm), None),
     setup_context=_save,
 )
 
@@ -483,53 +544,55 @@ def align(tensors: tuple[Tensor, ...], dims: tuple[int | None, ...], size: int) 
 
 class _Expm(torch.autograd.Function):
     @staticmethod
-    def forward(A: Tensor) -> Tensor:
-        return torch.ops.orthoconv_param.expm_skew(A)
+    def forward(A: Tensor, norm: float | None) -> Tensor:
+        return torch.ops.orthoconv_param.expm_skew(A, norm)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        (A,) = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float | None], output: Tensor) -> None:
+        A, ctx.norm = inputs
         ctx.save_for_backward(A)
         ctx.save_for_forward(A, output)
 
     @staticmethod
-    def backward(ctx: Any, G: Tensor) -> Tensor:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None]:
         (A,) = ctx.saved_tensors
-        return _ExpmVjp.apply(A, G)
+        return _ExpmVjp.apply(A, G, ctx.norm), None
 
     @staticmethod
-    def jvp(ctx: Any, E: Tensor) -> Tensor:
+    def jvp(ctx: Any, E: Tensor, _: None) -> Tensor:
         A, Q = ctx.saved_tensors
         # dQ = Q phi1(-ad_A)(skew(E)), and phi1(-ad_A)(M) is the vjp at -A of exp(-A) M
-        return Q @ _ExpmVjp.apply(-A, Q.mH @ skew(E))
+        return product(Q, _ExpmVjp.apply(-A, product(Q.mH.resolve_conj(), skew(E)), ctx.norm))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None], A: Tensor) -> tuple[Tensor, int]:
-        return _Expm.apply(*align((A,), in_dims, info.batch_size)), 0
+    def vmap(
+        info: Any, in_dims: tuple[int | None, None], A: Tensor, norm: float | None
+    ) -> tuple[Tensor, int]:
+        return _Expm.apply(*align((A,), in_dims[:1], info.batch_size), norm), 0
 
 
 class _ExpmVjp(torch.autograd.Function):
     @staticmethod
-    def forward(A: Tensor, G: Tensor) -> Tensor:
-        return torch.ops.orthoconv_param.expm_skew_vjp(A, G)
+    def forward(A: Tensor, G: Tensor, norm: float | None) -> Tensor:
+        return torch.ops.orthoconv_param.expm_skew_vjp(A, G, norm)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, N: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, N: Tensor) -> tuple[Tensor, Tensor, None]:
         # The function is skew(L(-A)[G]); the adjoint of X -> L2(a)[X, Y] is N -> L2(a^H)[N, Y^H].
         A, G = ctx.saved_tensors
         grad_G, grad_a = _second_derivative(skew(A), skew(N), G.mH, torch.zeros_like(G))
-        return -skew(grad_a), grad_G
+        return -skew(grad_a), grad_G, None
 
     @staticmethod
-    def jvp(ctx: Any, dA: Tensor, dG: Tensor) -> Tensor:
+    def jvp(ctx: Any, dA: Tensor, dG: Tensor, _: None) -> Tensor:
         A, G = ctx.saved_tensors
         return skew(_second_derivative(-skew(A), G, -skew(dA), dG)[1])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], A: Tensor, G: Tensor) -> tuple[Tensor, int]:
-        return _ExpmVjp.apply(*align((A, G), in_dims, info.batch_size)), 0
+    def vmap(info: Any, in_dims: Any, A: Tensor, G: Tensor, norm: float | None) -> tuple[Tensor, int]:
+        return _ExpmVjp.apply(*align((A, G), in_dims[:2], info.batch_size), norm), 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import trivializations
-from .exponential import HALF, check_dtype, norm_bound, polar_frame, refine, skew
+from .exponential import HALF, check_dtype, exponential, norm_bound, polar_frame, product, refine, skew
 from .functional import polar, semi_orthogonal
 from .lattice import Lattice, Placement, Size, count, pack, per_axis, sampling, unpack
 
@@ -217,10 +217,12 @@ class ConvExponential(nn.Module):
             raise ValueError(f"the generator should be of size {tuple(self.size)}. Found {tuple(X.shape)}")
         with no_autocast(X.device.type):
             kernel = unpack(precise(X))
-            tol = 1.0
+            tol, norm = 1.0, None
             if self.domain == "any":
-                self._follow_norm(kernel)
+                norm = self._follow_norm(kernel)
                 tol = self._tolerance()
+            elif self.triv == "expm" and self.domain is not None and not kernel.is_cuda:
+                norm = self._norm(kernel)
             lattice, placement = self._lattice(X.shape, X.is_complex()), self.placement
             if domain is not None and self.domain == "any":
                 images = Lattice(domain, lattice.stride, self.groups, X.is_complex())
@@ -237,14 +239,20 @@ class ConvExponential(nn.Module):
             if error * (self.level or 0) > tol:
                 kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float64))
             rows, columns = lattice.blocks(X.shape)
-            A = _square_skew(lattice.spectrum(kernel, placement))
-            Q = trivializations.trivialization(self.triv)(A)[..., :rows, :columns]
+            A = _square(lattice.spectrum(kernel, placement))
+            Q = self._map(A, norm)[..., :rows, :columns]
             if self.base is not None:
                 base = unpacked(self.base).to(Q.dtype)
-                Q = base @ Q if rows >= columns else Q @ base
+                Q = product(base, Q) if rows >= columns else product(Q, base)
             if Q.dtype == torch.complex64 and 10 * error > tol:
                 Q = refine(Q)
             return lattice, Q
+
+    def _map(self, A: Tensor, norm: float | None = None) -> Tensor:
+        """The unitary matrices of the skew parts of square ones, of which the norm may be known."""
+        if self.triv == "expm" and A.shape[-1] > 1:
+            return exponential(A, norm)
+        return trivializations.trivialization(self.triv)(skew(A))
 
     def fits(self, images: Lattice) -> bool:
         """Whether images have no more frequencies than the torus of the compact kernel, nor it just one."""
@@ -374,7 +382,7 @@ class ConvExponential(nn.Module):
                 init_(generator)
             if self.domain == "any":
                 return generator.to(reference.dtype)
-            A = _square_skew(lattice.spectrum(generator, self.placement))
+            A = _square(lattice.spectrum(generator, self.placement))
         else:
             dtype = torch.promote_types(like.dtype, torch.complex64)
             empty = like.new_empty(self.groups, lattice.frequencies, m, m, dtype=dtype)
@@ -382,7 +390,7 @@ class ConvExponential(nn.Module):
                 Q = lattice.choose(haar, empty)
                 return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
             A = lattice.choose(lambda like: _torus(like, init_), empty)
-        Q = trivializations.trivialization(self.triv)(A)
+        Q = self._map(A)
         return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
 
     def extra_repr(self) -> str:
@@ -489,28 +497,19 @@ class ConvExponential(nn.Module):
             return 1e-4
         return 1e-12 if dtype in (torch.float64, torch.complex128) else 2e-7
 
-    def _follow_norm(self, kernel: Tensor) -> None:
+    def _follow_norm(self, kernel: Tensor) -> float | None:
         """Sets the compact kernel's degree from a bound on the norm of the generator's skew part.
 
         Under `torch.compile`, `vmap` and graph capture a value cannot be read: the degree stays.
+
+        Returns:
+            The bound, if it is known.
         """
-        if torch.compiler.is_compiling() or (kernel.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
+        norm = self._norm(kernel)
         if kernel.is_meta:
             self._set_level(self.level or _SMALLEST_LEVEL)
-            return
-        reach, stride = self._reach(kernel.shape)
-        points, factor = sampling(reach)
-        with torch.no_grad():
-            lattice = Lattice(points, stride, self.groups, kernel.is_complex()).resolution(points)
-            spectrum = lattice.spectrum(kernel.detach(), self.placement)
-            bound = norm_bound(_square_skew(spectrum)).amax() * factor
-            try:
-                norm = self._read(bound)
-            except RuntimeError:  # vmap
-                return
         if norm is None or (not isfinite(norm) and self.degree is not None):
-            return  # not there yet, or a generator that is not finite: its kernel says so
+            return None  # not there yet, or a generator that is not finite: its kernel says so
         level = _SMALLEST_LEVEL
         if not isfinite(norm):
             level = inf
@@ -518,6 +517,24 @@ class ConvExponential(nn.Module):
             level = 2 ** (ceil(_LEVELS_PER_OCTAVE * log2(norm)) / _LEVELS_PER_OCTAVE)
         if level != self.level:
             self._set_level(level)
+        return norm
+
+    def _norm(self, kernel: Tensor) -> float | None:
+        """A bound on the norm of a generator's skew part at all frequencies, if it can be read."""
+        if torch.compiler.is_compiling() or kernel.is_meta:
+            return None
+        if kernel.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        reach, stride = self._reach(kernel.shape)
+        points, factor = sampling(reach)
+        with torch.no_grad():
+            lattice = Lattice(points, stride, self.groups, kernel.is_complex()).resolution(points)
+            spectrum = lattice.spectrum(kernel.detach(), self.placement)
+            bound = norm_bound(skew(_square(spectrum))).amax() * factor
+            try:
+                return self._read(bound)
+            except RuntimeError:  # vmap
+                return None
 
     def _read(self, bound: Tensor) -> float | None:
         """The value of a scalar; on a GPU the last one that has arrived, without waiting for it."""
@@ -605,11 +622,11 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _square_skew(spectrum: Tensor) -> Tensor:
-    """The skew part of a spectrum's blocks, padded to square ones by zeros."""
+def _square(spectrum: Tensor) -> Tensor:
+    """A spectrum's blocks, padded to square ones by zeros."""
     rows, columns = spectrum.shape[-2:]
     m = max(rows, columns)
-    return skew(F.pad(spectrum, (0, m - columns, 0, m - rows)))
+    return spectrum if rows == columns else F.pad(spectrum, (0, m - columns, 0, m - rows))
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

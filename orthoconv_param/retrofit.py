@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, Blocks, resolve_blocks
 from .conversion import CONVOLUTIONS, Conversion
-from .exponential import polar_decomposition
+from .exponential import polar_decomposition, product
 from .lattice import Lattice, Size
 from .parametrization import ConvExponential, no_autocast, packed, unpacked
 
@@ -73,8 +73,8 @@ class Annealed(ConvExponential):
             V = unpacked(self.directions).to(Q.dtype)
             powers = self.values.unsqueeze(-2) ** (1 - self.t)
             if Q.shape[-2] >= Q.shape[-1]:
-                return lattice, (Q @ V * powers) @ V.mH
-            return lattice, (V * powers) @ (V.mH @ Q)
+                return lattice, product(product(Q, V) * powers, V.mH.resolve_conj())
+            return lattice, product(V * powers, product(V.mH.resolve_conj(), Q))
 
     @torch.no_grad()
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
