@@ -154,6 +154,7 @@ def name(triv: str | Trivialization) -> str:
     return triv if isinstance(triv, str) else getattr(triv, "__name__", type(triv).__name__)
 
 
+@lru_cache(maxsize=256)
 def degree(triv: str | Trivialization, norm: float, tol: float, reach: Size) -> int:
     """The degree ``p`` at which a compact kernel is as good as ``triv`` of the generator, to ``tol``.
 
