@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 
 from .blocks import Blocks
 from .exponential import HALF
-from .lattice import Lattice, Placement, Size, clip, cut, extend, fold, per_axis, surround
+from .lattice import Lattice, Placement, Size, clip, cut, extend, fold, per_axis, smooth, surround
 from .parametrization import ConvExponential, no_autocast
-from .spectral import spectral_conv
+from .spectral import Shared, spectral_conv
 from .trivializations import Trivialization
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (
@@ -185,8 +185,10 @@ class Conversion:
             if max(taps) == 1:  # sees one frequency like any other: one coarse point, and no boundary
                 found = None if small else size
                 return cls(conv, found, "circular", stride, placement, dilation, stride, groups)
-            margin = tuple(e - 1 if boundary == "zeros" else 0 for e in placement.extent(taps))
-            torus = tuple(s * ceil((n + m) / s) for n, m, s in zip(size, margin, stride, strict=True))
+            torus = size
+            if boundary == "zeros":
+                sides = zip(size, placement.extent(taps), stride, strict=True)
+                torus = tuple(smooth(n + e - 1, s) for n, e, s in sides)
             ones = (1,) * len(taps)
             return cls(conv, size, boundary, torus, placement, ones, stride, groups)
         # A compact kernel of undilated taps costs less than one of dilated taps. Dilated afterwards it
@@ -456,7 +458,7 @@ class _Orthogonal(nn.Module):
     def _spectral(self, x: Tensor, domain: Size) -> Tensor:
         dtype = x.dtype
         x = x.float() if dtype in HALF else x
-        lattice, M = self._once(("spectrum", domain), lambda: self._spectrum(domain))
+        lattice, M = self._once(("spectrum", domain), lambda: self._shared(domain))
         if lattice.domain == domain:
             return spectral_conv(x, M, lattice, self.transposed).to(dtype)
         x = extend(x, lattice.grid if self.transposed else lattice.domain)
@@ -464,6 +466,11 @@ class _Orthogonal(nn.Module):
         if not self.transposed:
             size = tuple(n // s for n, s in zip(domain, self.stride, strict=True))
         return cut(spectral_conv(x, M, lattice, self.transposed), size).to(dtype)
+
+    def _shared(self, domain: Size) -> tuple[Lattice, Tensor | Shared]:
+        """The spectrum, of which a loop gathers the gradients."""
+        lattice, M = self._spectrum(domain)
+        return lattice, Shared(M, lattice) if parametrize._cache_enabled else M
 
     def _spectrum(self, domain: Size) -> tuple[Lattice, Tensor]:
         """The operator's matrices on the torus on which it is evaluated for images on the domain."""

@@ -25,15 +25,108 @@ from .lattice import Lattice
 # memory is used again. Of at least 16 images: once transposed, neighbours then fill two cache lines.
 _PIECE_BYTES = 2**22
 _PIECE_IMAGES = 16
+_GATHERED_FREQUENCIES = 16  # at once
+_GATHERED_IMAGES = 256  # whose gradients at a shared spectrum are one product
 
 
-def spectral_conv(x: Tensor, spectrum: Tensor, lattice: Lattice, transposed: bool = False) -> Tensor:
+class Shared:
+    """A spectrum that the steps of a loop share.
+
+    Its gradient is a sum over them, each as large as itself; as one product for many steps it costs little
+    more than for one. So the steps' backward passes only leave their two factors here, and give a gradient
+    of zero to a token, a scalar that stands for the spectrum in the graph. Autograd reaches the token's
+    own backward pass after all of theirs: that makes the products.
+
+    Args:
+        spectrum: as of `spectral_conv`.
+        lattice: likewise.
+    """
+
+    def __init__(self, spectrum: Tensor, lattice: Lattice) -> None:
+        self.spectrum = spectrum
+        self.factors = _Factors(lattice)
+        plain = spectrum.requires_grad and not _is_transformed()
+        self.token = _Gather.apply(spectrum, self.factors) if plain else None
+
+    def gathers(self) -> bool:
+        """Whether only a backward pass may ask for derivatives."""
+        return self.token is not None and torch.is_grad_enabled() and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+
+
+class _Factors:
+    """Transforms of images, and of gradients, of which the products are still to be made and summed up.
+
+    Separately for each backward pass: one may run within another.
+    """
+
+    def __init__(self, lattice: Lattice) -> None:
+        self.lattice = lattice
+        self.waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        waiting = self.waiting.setdefault(task, [])
+        waiting.append((y, x))
+        if sum(x.shape[-1] for _, x in waiting) >= _GATHERED_IMAGES:
+            self.multiply(task)
+
+    def multiply(self, task: int) -> None:
+        """Adds the products to the sum."""
+        waiting = self.waiting.pop(task, [])
+        if not waiting:
+            return
+        y, x = ([pair[i].flatten(0, 1) for pair in waiting] for i in (0, 1))
+        size = len(y[0]), y[0].shape[1], x[0].shape[1]
+        total = self.sums.get(task)
+        if total is None:
+            total = self.sums[task] = y[0].new_zeros(size)
+        for first in range(0, len(total), _GATHERED_FREQUENCIES):
+            part = slice(first, first + _GATHERED_FREQUENCIES)
+            Y, X = torch.cat([t[part] for t in y], -1), torch.cat([t[part] for t in x], -1)
+            total[part].baddbmm_(Y, X.conj_physical_().mT)
+
+    def take(self) -> Tensor | None:
+        """The sum, for the pass that is under way."""
+        task = torch._C._current_graph_task_id()
+        self.multiply(task)
+        total = self.sums.pop(task, None)
+        return None if total is None else _weighted(total, self.lattice)
+
+
+def _is_batched(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+class _Gather(torch.autograd.Function):
+    """The token of a shared spectrum."""
+
+    @staticmethod
+    def forward(ctx: Any, spectrum: Tensor, factors: _Factors) -> Tensor:
+        ctx.factors = factors
+        return spectrum.new_zeros((), dtype=spectrum.real.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.factors.take(), None
+
+
+def spectral_conv(
+    x: Tensor, spectrum: Tensor | Shared, lattice: Lattice, transposed: bool = False
+) -> Tensor:
     r"""The circular convolution of images with a kernel that is given by its spectrum, or its transpose.
 
     Args:
         x: ``(batch, in, *domain)``; of the transpose, ``(batch, out, *grid)``. Real or complex, as the
             lattice is, in single or double precision.
-        spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`.
+        spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`; or
+            shared by the steps of a loop.
         lattice: of the spectrum; its domain is that of the images.
         transposed: whether to apply the transpose of the operator instead, as ``conv_transpose`` does: of
             a real one its adjoint, of a complex one the conjugate of that.
@@ -49,7 +142,11 @@ def spectral_conv(x: Tensor, spectrum: Tensor, lattice: Lattice, transposed: boo
     return _convolve(x, spectrum, lattice, transposed)
 
 
-def _convolve(x: Tensor, spectrum: Tensor, lattice: Lattice, adjoint: bool) -> Tensor:
+def _convolve(x: Tensor, spectrum: Tensor | Shared, lattice: Lattice, adjoint: bool) -> Tensor:
+    if isinstance(spectrum, Shared):
+        if spectrum.gathers():
+            return _Step.apply(x, spectrum.spectrum, spectrum.token, lattice, adjoint, spectrum.factors)
+        spectrum = spectrum.spectrum
     # Unlike in Note [operator and Function], what is compiled or exported is made of torch's own
     # operators, which torch differentiates.
     if torch.compiler.is_compiling():
@@ -145,16 +242,17 @@ def _outer(
         y_transform = _transform(y, lattice, fine=False)
     if x_transform is None:
         x_transform = _transform(x, lattice, fine=True)
-    # The inverse transform of a half-spectrum reads every frequency twice but those on its edges.
-    twice = 1 if lattice.is_complex else 2
     flat = [t.flatten(0, 1) for t in (y_transform, x_transform)]
-    G = torch.baddbmm(flat[0].new_empty(()), flat[0], flat[1].mH, beta=0, alpha=twice)
+    return _weighted(flat[0] @ flat[1].mH, lattice)
+
+
+def _weighted(G: Tensor, lattice: Lattice) -> Tensor:
+    """The gradient at the spectrum that products ``(groups * frequencies, out, in)`` make."""
     G = G.unflatten(0, (lattice.groups, -1))
     if not lattice.is_complex:
+        # The inverse transform of a half-spectrum reads every frequency twice but those on its edges.
         planes = G.unflatten(1, lattice.stored).movedim(len(lattice.grid), 0)
-        planes[0] *= 0.5
-        if lattice.grid[-1] % 2 == 0:
-            planes[-1] *= 0.5
+        planes[1 : (lattice.grid[-1] + 1) // 2] *= 2
     return G
 
 
@@ -236,6 +334,39 @@ class _Apply(torch.autograd.Function):
         x, M = align((x, M), in_dims[:2], info.batch_size)
         y, transform = _Apply.apply(_merge(x), M.flatten(0, 1), _times(lattice, len(M)), adjoint)
         return (y.unflatten(1, (len(M), -1)), transform.unflatten(0, (len(M), -1))), (1, 0)
+
+
+class _Step(torch.autograd.Function):
+    """`_Apply` with a shared spectrum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, M: Tensor, token: Tensor, lattice: Lattice, adjoint: bool, factors: _Factors
+    ) -> Tensor:
+        y, transform = torch.ops.orthoconv_param.spectral_conv(
+            x, M, lattice.domain, lattice.stride, lattice.groups, adjoint
+        )
+        ctx.save_for_backward(x, M, transform)
+        ctx.lattice, ctx.adjoint, ctx.factors = lattice, adjoint, factors
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, M, transform = ctx.saved_tensors
+        dx = dM = g_transform = None
+        if ctx.needs_input_grad[0]:
+            dx, g_transform = _Apply.apply(g, M, ctx.lattice, not ctx.adjoint)
+        if torch.is_grad_enabled() or _is_batched(g):  # to be differentiated again, or by `vmap`
+            pair = (x, g) if ctx.adjoint else (g, x)
+            dM = _Outer.apply(*pair, None, None, ctx.lattice)
+            return dx, dM, None, None, None, None
+        token = ctx.next_functions[2][0]
+        if not torch._C._will_engine_execute_node(token):  # nobody asks for the spectrum's gradient
+            return dx, None, None, None, None, None
+        if g_transform is None:
+            g_transform = _transform(g, ctx.lattice, fine=ctx.adjoint)
+        ctx.factors.add(*((transform, g_transform) if ctx.adjoint else (g_transform, transform)))
+        return dx, None, g.new_zeros((), dtype=g.real.dtype), None, None, None
 
 
 class _Outer(torch.autograd.Function):

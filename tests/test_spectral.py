@@ -5,10 +5,11 @@ import torch
 from oracles import dense, periodic, random
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
-from orthoconv_param import functional
+from orthoconv_param import functional, spectral
 from orthoconv_param.lattice import Lattice
-from orthoconv_param.spectral import spectral_conv
+from orthoconv_param.spectral import Shared, spectral_conv
 
 close = torch.testing.assert_close
 
@@ -197,3 +198,83 @@ def test_half_precision_is_computed_in_single(dtype):
     assert torch.equal(
         functional.spectral_conv(x, w), functional.spectral_conv(x.float(), w.float()).to(dtype)
     )
+
+
+def loop(x, spectrum, lattice, transposed, share):
+    """Three uses of one spectrum, the second with as many images again."""
+    M = Shared(spectrum, lattice) if share else spectrum
+    y = spectral_conv(x, M, lattice, transposed)
+    z = spectral_conv(torch.cat([x.square(), 2 * x]), M, lattice, transposed)
+    return y + z[: len(x)] * spectral_conv(x, M, lattice, transposed) + z[len(x) :]
+
+
+@TRANSPOSED
+@BOTH
+@EACH
+@pytest.mark.parametrize("gathered", [1, 256])
+def test_derivatives_of_a_shared_spectrum(geometry, dtype, transposed, gathered, monkeypatch):
+    monkeypatch.setattr(spectral, "_GATHERED_IMAGES", gathered)
+    monkeypatch.setattr(spectral, "_GATHERED_FREQUENCIES", 3)
+    kernel, lattice, x = make(geometry, dtype, transposed)
+    x.requires_grad_()
+    M = lattice.spectrum(kernel).requires_grad_()
+    y, plain = (loop(x, M, lattice, transposed, share) for share in (True, False))
+    close(y, plain)
+    G = random(*y.shape, dtype=dtype, seed=3)
+    expected = torch.autograd.grad(plain, (x, M), G, retain_graph=True)
+    for _ in range(2):
+        close(torch.autograd.grad(y, (x, M), G, retain_graph=True), expected)
+        # a pass that does not ask for the spectrum's gradient leaves nothing to the next
+        close(torch.autograd.grad(y, x, G, retain_graph=True)[0], expected[0])
+        close(torch.autograd.grad(y, M, G, retain_graph=True)[0], expected[1])
+    batch = torch.stack([G, 2 * G])
+    both = torch.autograd.grad(y, (x, M), batch, is_grads_batched=True, retain_graph=True)
+    close([g[1] for g in both], [2 * g for g in expected])
+    second = [
+        torch.autograd.grad(torch.autograd.grad(value, M, G, create_graph=True)[0].abs().sum(), (x, M))
+        for value in (y, plain)
+    ]
+    close(*second)
+    frozen = loop(x.detach(), M, lattice, transposed, share=True)
+    close(torch.autograd.grad(frozen, M, G)[0], expected[1])
+
+
+def test_a_shared_spectrum_under_transformations():
+    kernel, lattice, x = make(GEOMETRIES[3], torch.float64)
+    M = lattice.spectrum(kernel)
+
+    def energy(M, share):
+        return loop(x, M, lattice, False, share).square().sum()
+
+    plain, shared = (partial(energy, share=share) for share in (False, True))
+    close(torch.func.grad(shared)(M), torch.func.grad(plain)(M))
+    tangent = random(*M.shape, dtype=M.dtype, seed=2)
+    close(torch.func.jvp(shared, (M,), (tangent,)), torch.func.jvp(plain, (M,), (tangent,)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(M.requires_grad_(), tangent)
+        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (plain, shared)]
+    close(*tangents)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_shared_spectrum_within_checkpoints(use_reentrant):
+    kernel, lattice, x = make(GEOMETRIES[3], torch.float64)
+    W = random(1, 2, 1, 1, seed=4).requires_grad_()
+    M = lattice.spectrum(kernel).requires_grad_()
+    gradients = []
+    for share in (False, True):
+
+        def inner(x, M, share=share):
+            return loop(x, M, lattice, False, share)
+
+        y = checkpoint(inner, loop(x * W, M, lattice, False, share), M, use_reentrant=use_reentrant)
+        gradients.append(grads(y, W, M))
+    close(*gradients)
+
+
+def grads(y, *inputs):
+    """By `backward`, the only way that reentrant checkpoints know."""
+    for x in inputs:
+        x.grad = None
+    y.square().sum().backward()
+    return tuple(x.grad for x in inputs)
