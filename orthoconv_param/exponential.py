@@ -16,6 +16,7 @@ from math import ceil, isfinite, log2, pi, prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # For |x| <= radius, the Chebyshev series of exp(ix), truncated at degree 8, is p(ix) with
@@ -55,6 +56,7 @@ _POLYNOMIALS = {
 _LARGEST_NORM = 1e4  # that the fixed schedule, for devices that must not be waited for, covers
 _ROUNDING = 16  # units in the last place from the unitary group, above which the result is polished
 _POLISH_EVERY = 6  # squarings: 64 times the rounding error, which is then squared
+_NARROW = 8  # times as many rows as columns, from which torch's exponential of a small matrix is faster
 _CLOSER_BOUND = 256  # the size from which a closer bound costs less than the squarings that it spares
 _CHUNK_BYTES = 3 * 2**18  # of one temporary: several fit in a core's cache
 
@@ -149,6 +151,34 @@ def exponential(A: Tensor, norm: float | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.orthoconv_param.expm_skew(A, norm)
     return _Expm.apply(A, norm)
+
+
+def expm_frame(X: Tensor, norm: float | None = None) -> Tensor:
+    """The columns of `exponential` of tall matrices, padded to square ones by zeros; of wide ones, rows.
+
+    With ``X1`` the square upper part of a tall ``X`` and ``X2`` the rest, ``skew([X, 0])`` takes
+    ``(u, X2 v)`` to ``(skew(X1) u - X2^H X2 v / 2, X2 u / 2)``. So the first columns of its exponential are
+    ``(U, X2 V)``, where ``(U, V)`` are those of the exponential of a small matrix, which unlike the form
+    with a QR factor has derivatives where ``X2`` has no full rank.
+    """
+    rows, columns = X.shape[-2:]
+    m = max(rows, columns)
+    if m < _NARROW * min(rows, columns) or not _may_wait(X.device):
+        Q = exponential(X if rows == columns else F.pad(X, (0, m - columns, 0, m - rows)), norm)
+        return Q[..., :rows, :columns]
+    if rows < columns:
+        return expm_frame(X.mH.resolve_conj()).mH.resolve_conj()
+    small = X.to(torch.promote_types(X.dtype, torch.float64))  # its matrix is not normal
+    X1, X2 = small[..., :columns, :], small[..., columns:, :]
+    gram = product(X2.mH.resolve_conj(), X2)
+    with torch.no_grad():  # balances the matrix, and changes nothing
+        c = (_frobenius(gram).sqrt() / 2).clamp(min=1e-8)[..., None, None]
+    eye = torch.eye(columns, dtype=gram.dtype, device=gram.device)
+    lower = torch.cat([eye * c, torch.zeros_like(gram)], -1)
+    upper = torch.cat([skew(X1), gram / (-4 * c)], -1)
+    UV = torch.linalg.matrix_exp(torch.cat([upper, lower], -2))[..., :columns]
+    U, V = UV[..., :columns, :], UV[..., columns:, :]
+    return torch.cat([U, product(X2, V / (2 * c))], -2).to(X.dtype)
 
 
 def norm_bound(A: Tensor) -> Tensor:

@@ -500,11 +500,29 @@ def _product_along(E: Tensor, x: Tensor, axis: int) -> Tensor:
 def _exponentials(
     n: int, positions: range, folded: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``exp(2 pi i u e_t / n)``, one row for each frequency ``u``."""
+    """``exp(2 pi i u e_t / n)``, one row for each ``u``; kept where tensors are nothing but that."""
+    special = (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+    return (_new_exponentials if special else _kept_exponentials)(n, positions, folded, dtype, device)
+
+
+def _new_exponentials(
+    n: int, positions: range, folded: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     u = torch.arange(n // 2 + 1 if folded else n, device=device)
     e = torch.arange(positions.start, positions.stop, positions.step, device=device)
     angles = torch.outer(u, e).remainder(n).double() * (2 * pi / n)
-    return torch.polar(torch.ones_like(angles), angles).to(dtype)
+    parts = torch.stack([angles.cos(), angles.sin()], -1)
+    exact = torch.where(parts.abs() > 1e-12, parts, 0)  # zeros at quarters of a turn
+    return torch.view_as_complex(exact).to(dtype)
+
+
+_kept_exponentials = lru_cache(maxsize=64)(_new_exponentials)
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from . import trivializations
-from .exponential import HALF, check_dtype, exponential, norm_bound, polar_frame, product, refine, skew
+from .exponential import HALF, check_dtype, expm_frame, norm_bound, polar_frame, product, refine, skew
 from .functional import polar, semi_orthogonal
 from .lattice import Lattice, Placement, Size, count, pack, per_axis, sampling, unpack
 
@@ -191,7 +191,7 @@ class ConvExponential(nn.Module):
         """
         lattice, Q = self.spectrum(X)
         with no_autocast(X.device.type):
-            return lattice.kernel(Q).to(X.dtype)
+            return lattice.kernel(Q).to(X.dtype).contiguous()
 
     def spectrum(
         self, X: Tensor, domain: Size | None = None, dilation: Size = ()
@@ -242,8 +242,7 @@ class ConvExponential(nn.Module):
                 kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float64))
             rows, columns = lattice.blocks(X.shape)
             small = self._smaller(lattice, X.shape, norm) if kernel.dtype in _SINGLE else None
-            A = _square((small or lattice).spectrum(kernel, placement))
-            Q = self._map(A, norm)[..., :rows, :columns]
+            Q = self._map((small or lattice).spectrum(kernel, placement), norm)
             if small is not None:
                 Q = lattice.spectrum(small.kernel(Q))
             if self.base is not None:
@@ -262,11 +261,12 @@ class ConvExponential(nn.Module):
         small = Lattice.of_degree(degree, reach, stride, self.groups, lattice.is_complex)
         return small if 2 * small.frequencies < lattice.frequencies else None
 
-    def _map(self, A: Tensor, norm: float | None = None) -> Tensor:
-        """The unitary matrices of the skew parts of square ones, of which the norm may be known."""
-        if self.triv == "expm" and A.shape[-1] > 1:
-            return exponential(A, norm)
-        return trivializations.trivialization(self.triv)(skew(A))
+    def _map(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
+        """The unitary matrices, or frames, of a spectrum's skew part, of which the norm may be known."""
+        rows, columns = spectrum.shape[-2:]
+        if self.triv == "expm" and max(rows, columns) > 1:
+            return expm_frame(spectrum, norm)
+        return trivializations.trivialization(self.triv)(skew(_square(spectrum)))[..., :rows, :columns]
 
     def fits(self, images: Lattice) -> bool:
         """Whether images have no more frequencies than the torus of the compact kernel, nor it just one."""
@@ -396,16 +396,15 @@ class ConvExponential(nn.Module):
                 init_(generator)
             if self.domain == "any":
                 return generator.to(reference.dtype)
-            A = _square(lattice.spectrum(generator, self.placement))
-        else:
-            dtype = torch.promote_types(like.dtype, torch.complex64)
-            empty = like.new_empty(self.groups, lattice.frequencies, m, m, dtype=dtype)
-            if distribution == "uniform":
-                Q = lattice.choose(haar, empty)
-                return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
-            A = lattice.choose(lambda like: _torus(like, init_), empty)
-        Q = self._map(A)
-        return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
+            spectrum = lattice.spectrum(generator, self.placement)
+            return lattice.kernel(self._map(spectrum)).to(reference.dtype)
+        dtype = torch.promote_types(like.dtype, torch.complex64)
+        empty = like.new_empty(self.groups, lattice.frequencies, m, m, dtype=dtype)
+        if distribution == "uniform":
+            Q = lattice.choose(haar, empty)
+            return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
+        A = lattice.choose(lambda like: _torus(like, init_), empty)
+        return lattice.kernel(self._map(A)[..., :rows, :columns]).to(reference.dtype)
 
     def extra_repr(self) -> str:
         """What ``print(conv)`` says of the parametrization."""

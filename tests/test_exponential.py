@@ -6,7 +6,7 @@ from scipy.linalg import expm, expm_frechet
 from torch.autograd import gradcheck, gradgradcheck
 
 from orthoconv_param import expm_skew, exponential
-from orthoconv_param.exponential import log_unitary, norm_bound, polar_frame, refine
+from orthoconv_param.exponential import expm_frame, log_unitary, norm_bound, polar_frame, refine
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 NORMS = [0.0, 1e-12, 0.1, 1.0, 10.0, 1e3]
@@ -281,3 +281,29 @@ def test_a_bad_matrix_spoils_no_other(bad):
     torch.testing.assert_close(Q[1:], alone)
     (gradient,) = torch.autograd.grad(Q[1:].sum(), A)
     assert gradient[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("size", [(5, 1), (6, 2), (2, 5)])
+def test_narrow_frames_are_columns_of_the_exponential(size, dtype, monkeypatch):
+    monkeypatch.setattr(exponential, "_NARROW", 2)  # so that small ones are made so too
+    rows, columns = size
+    m = max(size)
+    X = random(3, *size, dtype=dtype)
+    X[1, min(size) :, min(size) :] = 0
+    X[1] *= torch.arange(columns) == 0  # of rank 1
+    X[2] = 0
+    full = torch.zeros(3, m, m, dtype=dtype)
+    full[:, :rows, :columns] = X
+    torch.testing.assert_close(expm_frame(X), expm_skew(full)[:, :rows, :columns])
+    torch.testing.assert_close(expm_frame(30 * X), expm_skew(30 * full)[:, :rows, :columns])
+    X.requires_grad_()
+    assert gradcheck(expm_frame, X, check_forward_ad=True)
+    assert gradgradcheck(expm_frame, X[:2].detach().requires_grad_())
+    torch.testing.assert_close(torch.func.vmap(expm_frame)(X), expm_frame(X))
+
+
+def test_narrow_frames_in_single_precision():
+    X = random(4, 64, 3, dtype=torch.complex64)
+    Q = expm_frame(X).to(torch.complex128)
+    assert (torch.linalg.svdvals(Q) - 1).abs().max() < 2 * torch.finfo(torch.float32).eps
