@@ -459,7 +459,7 @@ class _Orthogonal(nn.Module):
         dtype = x.dtype
         x = x.float() if dtype in HALF else x
         lattice, M = self._once(("spectrum", domain), lambda: self._shared(domain))
-        if lattice.domain == domain:
+        if lattice.domain == domain or max(self.stride) == 1:
             return spectral_conv(x, M, lattice, self.transposed).to(dtype)
         x = extend(x, lattice.grid if self.transposed else lattice.domain)
         size = domain

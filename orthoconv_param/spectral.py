@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .exponential import align
-from .lattice import Lattice
+from .lattice import Lattice, cut
 
 # Transforms are made in pieces of a batch: what one step writes the next reads from the cache, and its
 # memory is used again. Of at least 16 images: once transposed, neighbours then fill two cache lines.
@@ -127,7 +127,8 @@ def spectral_conv(
             lattice is, in single or double precision.
         spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`; or
             shared by the steps of a loop.
-        lattice: of the spectrum; its domain is that of the images.
+        lattice: of the spectrum; its domain is that of the images. Without a stride images may be smaller:
+            they are continued by zeros, and the result is cut to their size.
         transposed: whether to apply the transpose of the operator instead, as ``conv_transpose`` does: of
             a real one its adjoint, of a complex one the conjugate of that.
 
@@ -157,13 +158,12 @@ def _convolve(x: Tensor, spectrum: Tensor | Shared, lattice: Lattice, adjoint: b
 def _transform(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
     """``(groups, frequencies, channels/groups, batch)`` of images on the domain, or on the coarse grid.
 
-    Batch last: the products with ``M``, with ``M^H`` and of two transforms all are then calls to BLAS.
+    Smaller ones are continued by zeros. Batch last: the products with ``M``, with ``M^H`` and of two
+    transforms all are then calls to BLAS.
     """
-    axes = tuple(range(2, x.ndim))
-    fft = torch.fft.fftn if lattice.is_complex else torch.fft.rfftn
 
     def piece(x: Tensor) -> Tensor:
-        transform = fft(lattice.phases(x) if fine else x, dim=axes, norm="ortho").flatten(2)
+        transform = _forward(lattice.phases(x) if fine else x, lattice).flatten(2)
         return transform.unflatten(1, (lattice.groups, -1)).permute(1, 3, 2, 0)
 
     channels = x.shape[1] // lattice.groups * (prod(lattice.stride) if fine else 1)
@@ -171,9 +171,27 @@ def _transform(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
     return _in_pieces(piece, x, 0, shape, -1, torch.promote_types(x.dtype, torch.complex64))
 
 
+def _forward(x: Tensor, lattice: Lattice) -> Tensor:
+    axes = tuple(range(2, x.ndim))
+    if lattice.is_complex:
+        return torch.fft.fftn(x, s=lattice.grid, dim=axes, norm="ortho")
+    if tuple(x.shape[2:]) == lattice.grid:
+        return torch.fft.rfftn(x, dim=axes, norm="ortho")
+    x = torch.fft.rfft(x, n=lattice.grid[-1], norm="ortho")
+    for axis in axes[:-1]:  # so that the zeros of other axes are not transformed along the last
+        x = torch.fft.fft(x, n=lattice.grid[axis - 2], dim=axis, norm="ortho")
+    return x
+
+
 def _image(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Tensor:
-    """The inverse of `_transform`, of the dtype and memory format of other images."""
+    """The inverse of `_transform`, of the dtype and memory format of other images, and cut to their size.
+
+    (With a stride, where sizes differ, it is that of the torus.)
+    """
     axes = tuple(range(2, len(lattice.grid) + 2))
+    size = lattice.domain if fine else lattice.grid
+    if max(lattice.stride) == 1:
+        size = tuple(like.shape[2:])
 
     def piece(transform: Tensor) -> Tensor:
         phases = transform.permute(3, 0, 2, 1).flatten(1, 2).unflatten(-1, lattice.stored)
@@ -182,11 +200,13 @@ def _image(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Ten
         else:  # one axis after the other: `irfftn` copies once more
             for axis in axes[:-1]:
                 phases = torch.fft.ifft(phases, dim=axis, norm="ortho")
+                if max(lattice.stride) == 1:
+                    phases = phases.narrow(axis, 0, size[axis - 2])
             phases = torch.fft.irfft(phases, n=lattice.grid[-1], norm="ortho")
-        return lattice.interleave(phases) if fine else phases
+        return cut(lattice.interleave(phases) if fine else phases, size)
 
     channels = lattice.groups * transform.shape[2] // (prod(lattice.stride) if fine else 1)
-    shape = (transform.shape[-1], channels, *(lattice.domain if fine else lattice.grid))
+    shape = (transform.shape[-1], channels, *size)
     return _in_pieces(piece, transform, -1, shape, 0, like.dtype, _format(like))
 
 
@@ -213,10 +233,11 @@ def _in_pieces(
     return result
 
 
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """Matrix products; with one inner channel, as in depthwise convolutions, without a call to BLAS."""
-    # Note [lazy conjugates] is why it is resolved
-    return A.resolve_conj() * B if A.shape[-1] == 1 else A @ B
+def _product(M: Tensor, x: Tensor, adjoint: bool) -> Tensor:
+    """``M x``, or ``M^H x``; with one inner channel, as in depthwise ones, without a call to BLAS."""
+    if adjoint:  # the conjugate of M^T conj(x): M is the larger, and is read as it lies in memory
+        return _product(M.mT, x.conj().resolve_conj(), False).conj().resolve_conj()
+    return M * x if M.shape[-1] == 1 else M @ x
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -230,8 +251,7 @@ def _format(x: Tensor) -> torch.memory_format:
 def _apply(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
     """The result, and the transform of ``x``."""
     transform = _transform(x, lattice, fine=not adjoint)
-    product = _product(M.mH if adjoint else M, transform)
-    return _image(product, lattice, adjoint, x), transform
+    return _image(_product(M, transform, adjoint), lattice, adjoint, x), transform
 
 
 def _outer(

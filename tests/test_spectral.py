@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from orthoconv_param import functional, spectral
-from orthoconv_param.lattice import Lattice
+from orthoconv_param.lattice import Lattice, cut, extend
 from orthoconv_param.spectral import Shared, spectral_conv
 
 close = torch.testing.assert_close
@@ -278,3 +278,18 @@ def grads(y, *inputs):
         x.grad = None
     y.square().sum().backward()
     return tuple(x.grad for x in inputs)
+
+
+@TRANSPOSED
+@BOTH
+@pytest.mark.parametrize("size", [(4,), (2, 5), (3, 1), (2, 2, 3)])
+def test_smaller_images_are_continued_by_zeros_and_the_result_is_cut(size, dtype, transposed):
+    torus = tuple(n + 2 for n in size)
+    lattice = Lattice(torus, (1,) * len(size), 2, dtype.is_complex)
+    M = lattice.spectrum(random(4, 3, *(2,) * len(size), dtype=dtype)).requires_grad_()
+    x = random(2, 4 if transposed else 6, *size, dtype=dtype, seed=1).requires_grad_()
+    y = spectral_conv(x, M, lattice, transposed)
+    close(y, cut(spectral_conv(extend(x, torus), M, lattice, transposed), size))
+    f = partial(spectral_conv, lattice=lattice, transposed=transposed)
+    assert gradcheck(f, (x, M), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(f, (x, M))
