@@ -79,8 +79,10 @@ class ConvExponential(nn.Module):
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
 
-    Cost: for ``F`` frequencies, about ``10 F m^3`` multiplications forward and three times as many
-    backward. ``F`` is half of ``k^2``, ``H W`` or ``K^2``: with ``"any"`` no image size appears.
+    Cost: for ``F`` frequencies, about ``3 F m^3`` complex multiplications forward and ``7 F m^3``
+    backward at norms up to 1 (see `expm_skew`). ``F`` is half of ``k^2``, or of ``K^2``: with ``"any"``
+    no image size appears; on a given domain, in single precision, in products with the base only, as
+    long as ``K`` is the smaller.
 
     Source: Magnasco, arXiv:2302.07396; trivializations: Lezcano-Casado, arXiv:1909.09501.
 

@@ -282,12 +282,12 @@ def grads(y, *inputs):
 
 @TRANSPOSED
 @BOTH
-@pytest.mark.parametrize("size", [(4,), (2, 5), (3, 1), (2, 2, 3)])
+@pytest.mark.parametrize("size", [(4,), (2, 3)])
 def test_smaller_images_are_continued_by_zeros_and_the_result_is_cut(size, dtype, transposed):
-    torus = tuple(n + 2 for n in size)
+    torus = tuple(n + 1 for n in size)
     lattice = Lattice(torus, (1,) * len(size), 2, dtype.is_complex)
-    M = lattice.spectrum(random(4, 3, *(2,) * len(size), dtype=dtype)).requires_grad_()
-    x = random(2, 4 if transposed else 6, *size, dtype=dtype, seed=1).requires_grad_()
+    M = lattice.spectrum(random(2, 2, *(2,) * len(size), dtype=dtype)).requires_grad_()
+    x = random(1, 2 if transposed else 4, *size, dtype=dtype, seed=1).requires_grad_()
     y = spectral_conv(x, M, lattice, transposed)
     close(y, cut(spectral_conv(extend(x, torus), M, lattice, transposed), size))
     f = partial(spectral_conv, lattice=lattice, transposed=transposed)
