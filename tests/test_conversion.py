@@ -879,3 +879,57 @@ def test_it_is_one_line_of_the_plain_parametrization():
     y = periodic(x, module.weight, (1, 1)) + module.bias[:, None, None]
     close(module(x), y)
     assert orthogonality_defect(module, 30) < 1e-12
+
+
+SMALLER = [  # kernel, options of the convolution, domain, norm
+    ((3,), {"cin": 8, "out": 8}, (60,), 1.0),
+    ((3,), {"cin": 8, "out": 8, "stride": 2}, (120,), 1.0),
+    ((3,), {"cin": 4, "out": 9, "dilation": 3}, (162,), 0.5),
+    ((2,), {"cin": 4, "out": 8, "stride": 2}, (96,), 1.0),
+    ((5,), {"cin": 16, "out": 16, "groups": 2}, (96,), 0.5),
+    ((5,), {"cin": 8, "out": 16, "transposed": True}, (96,), 0.5),
+    ((3, 1), {"cin": 8, "out": 8}, (48, 3), 0.3),
+    ((3,), {"cin": 8, "out": 8, "dtype": torch.complex64}, (60,), 2.0),
+    ((3,), {"cin": 1, "out": 9}, (60,), 1.0),
+]
+
+
+@pytest.mark.parametrize("boundary", ["circular", "zeros"])
+@pytest.mark.parametrize(("kernel", "options", "domain", "norm"), SMALLER)
+def test_the_exponential_of_a_given_domain_on_a_smaller_torus(
+    kernel, options, domain, norm, boundary, monkeypatch
+):
+    """It and its gradient are those of the whole domain, to rounding, and the operator is orthogonal."""
+    used = []
+    original = ConvExponential._smaller
+
+    def record(self, *arguments):
+        used.append(original(self, *arguments))
+        return used[-1]
+
+    monkeypatch.setattr(ConvExponential, "_smaller", record)
+    plain = make(kernel, **{"dtype": torch.float32, **options})
+    conv = orthogonal(plain, domain=domain, boundary=boundary)
+    generator = conv.parametrizations.weight.original
+    with torch.no_grad():
+        X = torch.randn_like(generator)
+        generator.copy_(X * norm / X.norm() * max(X.shape[:2]) ** 0.5)
+    exact = copy.deepcopy(conv).to(torch.promote_types(generator.dtype, torch.float64))
+    outcomes = []
+    for module in (conv, exact):
+        weight = module.weight
+        G = random(*weight.shape, dtype=exact.weight.dtype, seed=3).to(weight.dtype)
+        outcomes.append(
+            (weight, torch.autograd.grad(weight, module.parametrizations.weight.original, G)[0])
+        )
+    assert used[0] is not None
+    assert used[0].frequencies < conv._spectrum(domain)[0].frequencies
+    for one, other in zip(*outcomes, strict=True):
+        scale = other.abs().max().item()
+        assert (one.to(other.dtype) - other).abs().max() < 1e-5 * scale
+    if boundary == "circular":
+        assert defect(operator(conv, domain)) < 1e-5
+    # where a norm cannot be read the whole domain is taken
+    compiled = torch.func.vmap(conv.parametrizations.weight[0])(generator.detach()[None])[0]
+    assert used[-1] is None
+    assert (compiled - conv.weight).abs().max() < 1e-5
