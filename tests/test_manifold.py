@@ -159,9 +159,9 @@ def test_points_of_other_components_are_infinitely_far():
     ("optimizer", "name"),
     [
         ("RiemannianSGD", "qr"),
-        ("RiemannianSGD", "cayley"),
+        pytest.param("RiemannianSGD", "cayley", marks=pytest.mark.slow),
         ("RiemannianAdam", "expm"),
-        ("RiemannianAdam", "polar"),
+        pytest.param("RiemannianAdam", "polar", marks=pytest.mark.slow),
     ],
 )
 def test_a_thousand_steps_in_single_precision_stay_on_it(optimizer, name):

@@ -209,9 +209,8 @@ def loop(x, spectrum, lattice, transposed, share):
 
 
 @TRANSPOSED
-@BOTH
 @EACH
-@pytest.mark.parametrize("gathered", [1, 256])
+@pytest.mark.parametrize(("dtype", "gathered"), [(torch.float64, 1), (torch.complex128, 256)])
 def test_derivatives_of_a_shared_spectrum(geometry, dtype, transposed, gathered, monkeypatch):
     monkeypatch.setattr(spectral, "_GATHERED_IMAGES", gathered)
     monkeypatch.setattr(spectral, "_GATHERED_FREQUENCIES", 3)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from orthoconv_param import report, retrofit, set_orthogonality
+from orthoconv_param.lattice import smooth
 
 LAYERS, CHANNELS, SIDE = 20, 64, 32
 SINGLE = [(16, 16, 1, 32), (64, 64, 1, 8), (64, 64, 1, 32), (64, 128, 2, 32)]  # in, out, stride, side
@@ -27,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(LAYERS)))
     x = torch.randn(1, CHANNELS, SIDE, SIDE)
-    torus = SIDE + 2
+    torus = smooth(SIDE + 2)
     spectra = LAYERS * torus * (torus // 2 + 1) * CHANNELS**2 * 8
     retrofit(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), x[:, :4])  # what torch allocates once
     with torch.no_grad():
