@@ -160,7 +160,7 @@ def test_points_of_other_components_are_infinitely_far():
     [
         ("RiemannianSGD", "qr"),
         pytest.param("RiemannianSGD", "cayley", marks=pytest.mark.slow),
-        ("RiemannianAdam", "expm"),
+        pytest.param("RiemannianAdam", "expm", marks=pytest.mark.slow),
         pytest.param("RiemannianAdam", "polar", marks=pytest.mark.slow),
     ],
 )

@@ -791,7 +791,7 @@ def test_a_checkpoint_of_another_shape_is_refused():
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "torus", "identity"])
-@pytest.mark.parametrize("triv", ["expm", "cayley"])
+@pytest.mark.parametrize("triv", ["expm", pytest.param("cayley", marks=pytest.mark.slow)])
 def test_the_pattern_of_geotorchs_own_tests(triv, distribution):
     """All sizes from 1 to 8: registered, sampled, trained by SGD, its base updated."""
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ def test_it_is_the_convolution_and_the_transpose_is_its(geometry, dtype):
 @BOTH
 @EACH
 def test_derivatives_of_first_and_second_order(geometry, dtype, transposed):
-    kernel, lattice, x = make(geometry, dtype, transposed)
+    kernel, lattice, x = make(geometry, dtype, transposed, batch=1)
     own = lattice.spectrum(kernel)
     for spectrum in (own, random(*own.shape, dtype=torch.complex128, seed=2)):  # also of no real kernel
         inputs = (x.requires_grad_(), spectrum.detach().requires_grad_())
