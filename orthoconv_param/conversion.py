@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from .blocks import Blocks
 from .exponential import HALF
-from .lattice import Lattice, Placement, Size, clip, cut, extend, fold, per_axis, smooth, surround
+from .lattice import Lattice, Placement, Size, between_zeros, clip, cut, extend, fold, per_axis, surround
 from .parametrization import ConvExponential, no_autocast
 from .spectral import Shared, spectral_conv
 from .trivializations import Trivialization
@@ -185,10 +185,7 @@ class Conversion:
             if max(taps) == 1:  # sees one frequency like any other: one coarse point, and no boundary
                 found = None if small else size
                 return cls(conv, found, "circular", stride, placement, dilation, stride, groups)
-            torus = size
-            if boundary == "zeros":
-                sides = zip(size, placement.extent(taps), stride, strict=True)
-                torus = tuple(smooth(n + e - 1, s) for n, e, s in sides)
+            torus = size if boundary == "circular" else between_zeros(size, placement.extent(taps), stride)
             ones = (1,) * len(taps)
             return cls(conv, size, boundary, torus, placement, ones, stride, groups)
         # A compact kernel of undilated taps costs less than one of dilated taps. Dilated afterwards it

@@ -2,7 +2,7 @@ r"""What a convolution does to the size of its input: singular values and their 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil, nan, prod
+from math import nan, prod
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from .blocks import Block, Blocks, resolve_blocks
 from .conversion import CONVOLUTIONS, convolves, periodic
 from .exponential import check_dtype
-from .lattice import Lattice, Placement, Size, count, per_axis
+from .lattice import Lattice, Placement, Size, between_zeros, count, per_axis
 from .parametrization import ConvExponential
 from .retrofit import Annealed, by_name, convolutions_of, sizes
 
@@ -325,8 +325,7 @@ def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tens
         if geometry is None and getattr(module, "_boundary", module.padding_mode) == "zeros":
             dilation = getattr(module, "_dilation", module.dilation)
             placement = Placement.centred(taps, dilation)
-            extent = placement.extent(taps)
-            torus = tuple(s * ceil((n + e - 1) / s) for n, e, s in zip(size, extent, stride, strict=True))
+            torus = between_zeros(size, placement.extent(taps), stride)
             if getattr(module, "_size", None) is not None:  # its kernel is what it is on that torus
                 torus = taps
             geometry = Lattice(torus, stride, module.groups, module.weight.is_complex()), placement

@@ -360,7 +360,7 @@ def polish(Q: Tensor) -> Tensor:
 
     It squares the distance to the unitary group. The factor is made exactly Hermitian.
     """
-    factor = Q.mH @ Q
+    factor = Q.mH.resolve_conj() @ Q
     factor = (factor + factor.mH.resolve_conj()).mul_(-0.25)  # see Note [lazy conjugates]
     factor.diagonal(dim1=-2, dim2=-1).add_(1.5)
     return Q @ factor

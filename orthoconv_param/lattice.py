@@ -401,6 +401,12 @@ def smooth(n: int, stride: int = 1) -> int:
         coarse += 1
 
 
+def between_zeros(domain: Size, extent: Size, stride: Size) -> Size:
+    """The torus for images between zeros, around which a kernel of that extent does not see one twice."""
+    axes = zip(domain, extent, stride, strict=True)
+    return tuple(smooth(n + e - 1, s) for n, e, s in axes)
+
+
 def extend(images: Tensor, size: Size) -> Tensor:
     """Images continued by zeros to a size."""
     missing = [n - have for n, have in zip(size, images.shape[2:], strict=True)]
@@ -493,7 +499,8 @@ def _synthesise(x: Tensor, axis: int, n: int, positions: range, folded: bool) ->
 
 def _product_along(E: Tensor, x: Tensor, axis: int) -> Tensor:
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    flat = x.reshape(*before[:0], prod(before), x.shape[axis], prod(after)) if axis else x.flatten(1)
+    # along the first axis one product; elsewhere one for each index of the axes before
+    flat = x.reshape(prod(before), x.shape[axis], prod(after)) if axis else x.flatten(1)
     return (E @ flat).reshape(*before, len(E), *after)
 
 
