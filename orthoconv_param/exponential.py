@@ -13,6 +13,7 @@ form, with ``M = skew(Q^H G)``, it is ``phi1(ad_A)(M) = int_0^1 e^{tA} M e^{-tA}
 ever appears in a denominator.
 """
 
+from functools import cache
 from math import ceil, isfinite, log2, pi, prod
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ _POLISH_EVERY = 6  # squarings: 64 times the rounding error, which is then squar
 _NARROW = 8  # times as many rows as columns, from which torch's exponential of a small matrix is faster
 _CLOSER_BOUND = 256  # the size from which a closer bound costs less than the squarings that it spares
 _CHUNK_BYTES = 3 * 2**18  # of one temporary: several fit in a core's cache
+_DEVICE_CHUNK_BYTES = 2**27  # so that those of a large spectrum do not fill a GPU
 
 FLOATS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 HALF = (torch.float16, torch.bfloat16)  # computed in single precision
@@ -119,16 +121,18 @@ def expm_skew(A: Tensor) -> Tensor:
     Returns:
         ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm up to 1e9
         (double precision: 1e70); beyond, and where ``A`` is not finite, that matrix is NaN. The error of
-        the values grows as ``eps * norm(A)``, as it must. Off the CPU nothing is waited for, and
-        the cost is fixed: a norm above 1e4 there gives NaN.
+        the values grows as ``eps * norm(A)``, as it must. Off the CPU nothing is waited for. There, up to
+        size 32 and where triton is installed, each matrix is one program, with the squarings that it needs;
+        otherwise the cost is that of norm 1e4, and a larger one gives NaN.
 
     Raises:
         TypeError: if ``A`` is no tensor of a floating dtype.
         ValueError: if the matrices are not square.
 
-    Cost: ``3 + s`` products of ``n x n`` matrices forward and ``7 + 3 s`` backward, with ``s`` about
-    ``log2(norm(A))``; in double precision ``4 + s`` and ``10 + 3 s``; two more forward where ``s > 4``.
-    Memory: the result, and temporaries of a few megabytes.
+    Cost: elementwise up to size 2. Beyond, ``3 + s`` products of ``n x n`` matrices forward and
+    ``7 + 3 s`` backward, with ``s`` about ``log2(norm(A))``; in double precision ``4 + s`` and
+    ``10 + 3 s``; two more forward where ``s > 4``. Memory: the result, and temporaries of a few
+    megabytes, off the CPU of up to 128 MB each.
 
     Source: Bader, Blanes, Casas (2019) and Sastre (2018) for the polynomials; Magnasco,
     arXiv:2302.07396, for their use.
@@ -514,12 +518,16 @@ def _squarings(Q: Tensor, s: int, counts: Tensor | None) -> list[Tensor]:
 
 
 def _expm_chunk(A: Tensor, norm: float | None = None) -> Tensor:
+    if A.shape[-1] == 2:
+        return _expm_2x2(skew(A))
     A, A2, polynomial, s, counts, _ = _scale(skew(A), norm)
     Q = _squarings(_evaluate(A, A2, polynomial), s, counts)[-1]
     return Q if 2**s <= min(_ROUNDING, 5 * Q.shape[-1]) else polish(Q)
 
 
 def _expm_vjp_chunk(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
+    if A.shape[-1] == 2:
+        return _expm_vjp_2x2(skew(A), G)
     A, A2, polynomial, s, counts, scale = _scale(skew(A), norm)
     G = torch.conj_physical(G)
     if s > 0:
@@ -530,6 +538,34 @@ def _expm_vjp_chunk(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
             step = torch.baddbmm(Q @ G, G, Q)
             G = step if counts is None else torch.where(counts[j], step, G)
     return skew(_evaluate_vjp(A, A2, polynomial, G)).conj_physical_()
+
+
+def _traceless(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A 2x2 skew matrix as ``t I + B``, of which ``B^2 = -r^2 I``: ``t``, ``B`` and ``r > 0``."""
+    t = (A.diagonal(dim1=-2, dim2=-1).sum(-1) / 2)[..., None, None]
+    B = A.clone()
+    B.diagonal(dim1=-2, dim2=-1).sub_(t[..., 0])
+    r = (_frobenius(B) * 0.5**0.5).clamp(min=torch.finfo(A.dtype).tiny)
+    return t, B, r[..., None, None]
+
+
+def _expm_2x2(A: Tensor) -> Tensor:
+    """``e^t (cos(r) I + sin(r) / r B)``."""
+    t, B, r = _traceless(A)
+    Q = B * (r.sin() / r)
+    Q.diagonal(dim1=-2, dim2=-1).add_(r.cos()[..., 0])
+    return Q.mul_(t.exp()) if A.is_complex() else Q
+
+
+def _expm_vjp_2x2(A: Tensor, G: Tensor) -> Tensor:
+    """``phi1(ad_A)(M)``, ``M = skew(Q^H G)``: ``ad_A^2`` is 0 on ``I`` and ``B``, and else ``-4 r^2``."""
+    _, B, r = _traceless(A)
+    M = skew(_expm_2x2(A).mH.resolve_conj() @ G)
+    _, across, _ = _traceless(M)
+    along = B / r  # of which the norm is sqrt(2), or 0
+    across = across - along * (torch.conj_physical(along) * across).real.sum((-2, -1), keepdim=True) / 2
+    sinc, commutator = r.sin() / r, skew(B @ M)  # of which this is half
+    return M - across * (1 - sinc * r.cos()) + commutator * sinc.square()
 
 
 def _in_chunks(function: Any, *tensors: Tensor) -> Tensor:
@@ -543,13 +579,27 @@ def _in_chunks(function: Any, *tensors: Tensor) -> Tensor:
 
 
 def _pieces(batch: Tensor) -> list[slice]:
-    """A batch of matrices cut into pieces of the size of a cache; off the CPU one piece."""
+    """A batch of matrices cut into pieces: of the size of a cache, off the CPU of some of the memory."""
     if not batch.numel():
         return []
-    size = len(batch)
-    if _may_wait(batch.device):
-        size = max(1, _CHUNK_BYTES // (batch[0].numel() * batch.element_size()))
+    limit = _CHUNK_BYTES if _may_wait(batch.device) else _DEVICE_CHUNK_BYTES
+    size = max(1, limit // (batch[0].numel() * batch.element_size()))
     return [slice(start, start + size) for start in range(0, len(batch), size)]
+
+
+@cache
+def _kernels() -> Any | None:
+    """The module of kernels for a GPU that take a small matrix as a whole, where triton is there."""
+    try:
+        from . import fused  # takes a while
+    except ImportError:
+        return None
+    return fused if fused.IS_SUPPORTED else None
+
+
+def _fused(A: Tensor) -> Any | None:
+    fused = _kernels() if A.is_cuda and A.shape[-1] != 2 else None
+    return fused if fused and A.shape[-1] <= fused.LARGEST and A.dtype in fused.DTYPES else None
 
 
 # Operators and their derivatives: see Note [operator and Function]
@@ -557,11 +607,15 @@ def _pieces(batch: Tensor) -> list[slice]:
 
 @torch.library.custom_op("orthoconv_param::expm_skew", mutates_args=())
 def _expm(A: Tensor, norm: float | None = None) -> Tensor:
-    return _in_chunks(lambda A: _expm_chunk(A, norm), A)
+    fused = _fused(A)
+    return fused.expm(A) if fused else _in_chunks(lambda A: _expm_chunk(A, norm), A)
 
 
 @torch.library.custom_op("orthoconv_param::expm_skew_vjp", mutates_args=())
 def _expm_vjp(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
+    fused = _fused(A)
+    if fused:
+        return fused.expm_vjp(A, G)
     return _in_chunks(lambda A, G: _expm_vjp_chunk(A, G, norm), A, G)
 
 
