@@ -5,7 +5,13 @@ from types import ModuleType
 
 from . import functional
 from .conversion import orthogonal
-from .diagnostics import orthogonality_defect, report, singular_values
+from .diagnostics import (
+    orthogonality_defect,
+    plot_gradient_norms,
+    plot_spectrum,
+    report,
+    singular_values,
+)
 from .exponential import expm_skew
 from .parametrization import ConvExponential, generators
 from .retrofit import retrofit, set_orthogonality
@@ -17,6 +23,8 @@ __all__ = [
     "generators",
     "orthogonal",
     "orthogonality_defect",
+    "plot_gradient_norms",
+    "plot_spectrum",
     "report",
     "retrofit",
     "set_orthogonality",

@@ -1,8 +1,8 @@
 r"""What a convolution does to the size of its input: singular values and their distance from 1."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import nan, prod
+from math import nan, pi, prod
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,12 +14,13 @@ from .conversion import CONVOLUTIONS, convolves, periodic
 from .exponential import check_dtype
 from .lattice import Lattice, Placement, Size, between_zeros, count, per_axis
 from .parametrization import ConvExponential
-from .retrofit import Annealed, by_name, convolutions_of, sizes
+from .retrofit import Annealed, by_name, call, convolutions_of, sizes, undisturbed
 
 _LARGEST_DENSE = 2**27  # entries: one gigabyte
 _LARGEST_REPORTED = 2**20  # likewise, in a table: a second
 
 _Parametrized: TypeAlias = Literal["yes", "no", "blocks"]
+Axes: TypeAlias = Any  # matplotlib's, which is imported when it is used
 
 
 def singular_values(
@@ -72,15 +73,7 @@ def singular_values(
                 "stride, groups and dilation should not be given with a module, which has its own"
             )
         return _of_module(convolution, domain)
-    check_dtype("convolution", convolution)
-    axes = convolution.ndim - 2
-    taps = tuple(convolution.shape[2:])
-    per_axis("domain", domain, max(axes, 1))  # not None
-    count("groups", groups)
-    lattice = Lattice.of_kernel(
-        convolution.shape, convolution.is_complex(), domain, stride, groups, folds=True
-    )
-    return _of_kernel(convolution, lattice, Placement.centred(taps, per_axis("dilation", dilation, axes)))
+    return _of_kernel(convolution, *_geometry_of_kernel(convolution, domain, stride, groups, dilation))
 
 
 def orthogonality_defect(
@@ -241,6 +234,189 @@ def report(
     return Report(tuple(rows))
 
 
+def plot_spectrum(
+    convolution: Tensor | nn.Module,
+    domain: int | Size,
+    *,
+    before: Tensor | nn.Module | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> tuple[Axes, ...]:
+    """Draws the eigenvalues of a convolution, and its singular values over frequency.
+
+    Of an orthogonal one the former are on the unit circle, and the latter 1. With zero padding the operator
+    is that on the torus on which zeros continue the images, as in `report`.
+
+    Args:
+        convolution: a kernel or a module, as of `singular_values`; of a module that is not periodic, one
+            whose padding is zeros.
+        domain: size of the images.
+        before: another to compare it with, such as a copy of the module that was not orthogonal yet.
+        axes: of matplotlib, to draw into: two, or for a convolution that changes the number of channels, or
+            with a stride, which has no eigenvalues, one. Default: a new figure.
+
+    Returns:
+        The axes: eigenvalues, if it has any, and singular values.
+
+    Raises:
+        ImportError: if matplotlib is missing (extra ``[plot]``).
+        TypeError, ValueError: as `singular_values`; if the operator is neither periodic nor between zeros;
+            if the number of axes is another.
+
+    Cost: the singular values and eigenvalues of one matrix for each frequency.
+
+    Example:
+        >>> from torch import nn
+        >>> from orthoconv_param import orthogonal, plot_spectrum
+        >>> conv = orthogonal(nn.Conv2d(4, 4, 3, padding=1))
+        >>> eigenvalues, values = plot_spectrum(conv, domain=16)
+        >>> values.get_xlabel()
+        'frequency (cycles per pixel)'
+    """
+    shown = [("", convolution)] if before is None else [("before", before), ("after", convolution)]
+    drawn = [(label, *_lattice_and_spectrum(one, domain)) for label, one in shown]
+    square = all(M.shape[-2] == M.shape[-1] and max(lat.stride) == 1 for _, lat, M in drawn)
+    panels = _panels(axes, 2 if square else 1)
+    for (label, lattice, M), color in zip(drawn, ["C1", "C0"][-len(drawn) :], strict=True):
+        values = torch.linalg.svdvals(M)
+        defect = (values - 1).abs().max().item()
+        style = {"s": 9, "color": color, "alpha": 0.6, "linewidths": 0, "label": label}
+        if square:
+            z = torch.linalg.eigvals(M).flatten().cpu()
+            if not lattice.is_complex:  # those of the negative frequencies
+                z = torch.cat([z, z.conj().resolve_conj()])
+            panels[0].scatter(z.real, z.imag, **style)
+        frequency = lattice.wavenumbers().norm(dim=-1)
+        style["label"] = f"{label}: defect {defect:.1e}".lstrip(": ")
+        panels[-1].scatter(
+            frequency[:, None].expand(values.shape).flatten(), values.flatten().cpu(), **style
+        )
+    torus = drawn[-1][1].domain
+    unit = ("sample", "pixel", "voxel")[len(torus) - 1]
+    on = f"{'x'.join(map(str, torus))} {unit}s"
+    largest = max(torch.linalg.matrix_norm(M, 2).max().item() for _, _, M in drawn)
+    if square:
+        circle = torch.linspace(0, 2 * pi, 361)
+        panels[0].plot(circle.cos(), circle.sin(), color="gray", linewidth=0.8, zorder=0)
+        panels[0].set(title=f"eigenvalues on {on}", xlabel="real part", ylabel="imaginary part")
+        panels[0].set_aspect("equal")
+    panels[-1].axhline(1, color="gray", linewidth=0.8, zorder=0)
+    panels[-1].set(
+        title=f"singular values on {on}", xlabel=f"frequency (cycles per {unit})", ylabel="singular value"
+    )
+    panels[-1].set_ylim(0, 1.25 * max(largest, 1))  # room for the legend
+    panels[-1].legend(loc="upper left")
+    return tuple(panels)
+
+
+def plot_gradient_norms(
+    model: nn.Module | Mapping[str, nn.Module],
+    inputs: Any,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    time_axis: int = 1,
+    axes: Axes | None = None,
+) -> Axes:
+    r"""Draws how strongly the loss of a recurrent model depends on each of its time steps.
+
+    .. math:: t \mapsto \|\partial\, \mathrm{loss} / \partial x_t\|
+
+    on a logarithmic scale. Where the state's operator is orthogonal it stays of one size; elsewhere it
+    vanishes or explodes geometrically towards the first steps.
+
+    Args:
+        model: takes a sequence; or several by name, such as an orthogonal and an ordinary one. Run in
+            evaluation mode; its parameters' gradients stay as they are.
+        inputs: a tensor with an axis of time; or a tuple of arguments of which it is the first, or a
+            dict of keyword arguments of which it is the first.
+        loss: of what the model returns, a scalar. Default: the mean square; of a sequence as long as
+            the input, of its last time step.
+        time_axis: of the sequence, and of the output.
+        axes: of matplotlib, to draw into. Default: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: if matplotlib is missing (extra ``[plot]``).
+        TypeError, ValueError: if the inputs are no floating sequence, or there is no model; if a loss is
+            not a scalar, or does not depend on the sequence.
+
+    Cost: one forward and one backward pass of each model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from orthoconv_param import plot_gradient_norms
+        >>> class Wave(nn.Module):
+        ...     def forward(self, x):
+        ...         h = 0
+        ...         for step in x.unbind(1):
+        ...             h = 0.5 * h + step
+        ...         return h
+        >>> axes = plot_gradient_norms(Wave(), torch.randn(1, 20, 3))
+        >>> axes.get_yscale()
+        'log'
+    """
+    models = model if isinstance(model, Mapping) else {type(model).__name__: model}
+    if not models or not all(isinstance(m, nn.Module) for m in models.values()):
+        raise TypeError(f"model should be a module, or a dict of modules by name. Found {model!r}")
+    names: list[Any] = list(inputs) if isinstance(inputs, Mapping) else []
+    rest = (
+        list(inputs.values()) if names else list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+    )
+    x = rest[0] if rest else None
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"inputs should begin with a floating tensor. Found {type(x).__name__}")
+    if not -x.ndim <= time_axis < x.ndim or not x.shape[time_axis]:
+        raise ValueError(
+            f"time_axis should be an axis of the sequence, {tuple(x.shape)}. Found {time_axis}"
+        )
+    curves = {}
+    for name, one in models.items():
+        with undisturbed(one), torch.enable_grad(), parametrize.cached():
+            sequence = x.detach().clone().requires_grad_()
+            arguments = [sequence, *rest[1:]]
+            y = call(one, dict(zip(names, arguments, strict=True)) if names else arguments)
+            value = _mean_square(y, x, time_axis) if loss is None else loss(y)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise ValueError(f"loss should be a scalar that depends on the sequence. Found {value!r}")
+            (gradient,) = torch.autograd.grad(value, sequence)
+        curves[name] = gradient.movedim(time_axis, 0).flatten(1).norm(dim=1).cpu()
+    panel = _panels(None if axes is None else [axes], 1)[0]
+    for name, curve in curves.items():
+        panel.semilogy(range(len(curve)), torch.where(curve > 0, curve, nan), label=name)
+    panel.set(
+        title="gradient of the loss at each time step",
+        xlabel="time step",
+        ylabel="norm of the gradient at the input",
+    )
+    panel.legend()
+    return panel
+
+
+def _mean_square(y: Any, x: Tensor, time_axis: int) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise ValueError(f"loss should be given: the model returns {type(y).__name__}, no tensor")
+    if y.ndim == x.ndim and y.shape[time_axis] == x.shape[time_axis]:
+        y = y.select(time_axis, -1)
+    return y.abs().square().mean()
+
+
+def _panels(axes: Sequence[Axes] | None, number: int) -> list[Axes]:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install orthoconv_param[plot]") from error
+    if axes is None:
+        _, made = pyplot.subplots(
+            1, number, figsize=(5.2 * number, 4.2), squeeze=False, layout="constrained"
+        )
+        return list(made[0])
+    if len(axes) != number:
+        raise ValueError(f"axes should be {number}. Found {len(axes)}")
+    return list(axes)
+
+
 def _rows(name: str, module: Any, size: Size | None, asked: list[Block], total: int) -> list[Row]:
     parts = list(module.modules())
     exponential = next((part for part in parts if isinstance(part, ConvExponential)), None)
@@ -319,43 +495,91 @@ def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tens
     """Singular values of a module, or of a block of its weight, and the torus on which they are."""
     if size is None:
         return None, None
-    taps, stride = tuple(module.weight.shape[2:]), module.stride
-    if convolves(module) and not _is_hooked(module):
-        geometry = periodic(module, size)
-        if geometry is None and getattr(module, "_boundary", module.padding_mode) == "zeros":
-            dilation = getattr(module, "_dilation", module.dilation)
-            placement = Placement.centred(taps, dilation)
-            torus = between_zeros(size, placement.extent(taps), stride)
-            if getattr(module, "_size", None) is not None:  # its kernel is what it is on that torus
-                torus = taps
-            geometry = Lattice(torus, stride, module.groups, module.weight.is_complex()), placement
-        if geometry is not None:
-            lattice, placement = geometry
-            kernel = module.weight.detach()
-            if block is not None:
-                kernel = kernel[block]
-                lattice = Lattice(lattice.domain, stride, 1, kernel.is_complex())
-            return _of_kernel(kernel, lattice, placement), lattice.domain
-    entries = module.in_channels * module.out_channels * prod(size) ** 2 // prod(stride)
+    geometry = _geometry_between_zeros(module, size)
+    if geometry is not None:
+        lattice, placement = geometry
+        kernel = module.weight.detach()
+        if block is not None:
+            kernel = kernel[block]
+            lattice = Lattice(lattice.domain, module.stride, 1, kernel.is_complex())
+        return _of_kernel(kernel, lattice, placement), lattice.domain
+    entries = module.in_channels * module.out_channels * prod(size) ** 2 // prod(module.stride)
     if block is None and entries <= _LARGEST_REPORTED:
         return _of_dense(module, size), size
     return None, size
 
 
-@torch.no_grad()
-def _of_kernel(kernel: Tensor, lattice: Lattice, placement: Placement) -> Tensor:
-    if not bool(torch.isfinite(kernel).all()):
+def _geometry_between_zeros(module: Any, size: Size) -> tuple[Lattice, Placement] | None:
+    """Where and how a module's kernel acts: between zeros on a larger torus; None if it does otherwise."""
+    if not convolves(module) or _is_hooked(module):
+        return None
+    geometry = periodic(module, size)
+    if geometry is None and getattr(module, "_boundary", module.padding_mode) == "zeros":
+        taps, stride = tuple(module.weight.shape[2:]), module.stride
+        placement = Placement.centred(taps, getattr(module, "_dilation", module.dilation))
+        torus = between_zeros(size, placement.extent(taps), stride)
+        if getattr(module, "_size", None) is not None:  # its kernel is what it is on that torus
+            torus = taps
+        geometry = Lattice(torus, stride, module.groups, module.weight.is_complex()), placement
+    return geometry
+
+
+def _check_finite(numbers: Tensor) -> None:
+    if not bool(torch.isfinite(numbers).all()):
         raise ValueError("convolution should be finite. Found nan or inf")
+
+
+@torch.no_grad()
+def _spectrum(kernel: Tensor, lattice: Lattice, placement: Placement) -> Tensor:
+    _check_finite(kernel)
     double = torch.complex128 if kernel.is_complex() else torch.float64
-    return torch.linalg.svdvals(lattice.spectrum(kernel.to(double), placement))
+    return lattice.spectrum(kernel.to(double), placement)
 
 
-def _of_module(module: Any, domain: int | Size) -> Tensor:
-    if not any(isinstance(module, convolution) for convolution in CONVOLUTIONS):
+def _lattice_and_spectrum(convolution: Tensor | nn.Module, domain: int | Size) -> tuple[Lattice, Tensor]:
+    if isinstance(convolution, Tensor):
+        lattice, placement = _geometry_of_kernel(convolution, domain)
+        return lattice, _spectrum(convolution.detach(), lattice, placement)
+    _check_convolution(convolution)
+    module: Any = convolution
+    geometry = _geometry_between_zeros(module, per_axis("domain", domain, len(module.kernel_size)))
+    if geometry is None:
+        raise ValueError(
+            "convolution should be periodic, or between zeros, and keep the size, so that it has a "
+            f"spectrum. Found {module}"
+        )
+    return geometry[0], _spectrum(module.weight.detach(), *geometry)
+
+
+def _of_kernel(kernel: Tensor, lattice: Lattice, placement: Placement) -> Tensor:
+    return torch.linalg.svdvals(_spectrum(kernel, lattice, placement))
+
+
+def _geometry_of_kernel(
+    kernel: Tensor,
+    domain: int | Size,
+    stride: int | Size = 1,
+    groups: int = 1,
+    dilation: int | Size = 1,
+) -> tuple[Lattice, Placement]:
+    check_dtype("convolution", kernel)
+    axes = kernel.ndim - 2
+    per_axis("domain", domain, max(axes, 1))  # not None
+    count("groups", groups)
+    lattice = Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, stride, groups, folds=True)
+    return lattice, Placement.centred(tuple(kernel.shape[2:]), per_axis("dilation", dilation, axes))
+
+
+def _check_convolution(module: Any) -> None:
+    if not isinstance(module, CONVOLUTIONS):
         raise TypeError(
             "convolution should be a kernel, an nn.Conv* or an nn.ConvTranspose*. "
             f"Found {type(module).__name__}"
         )
+
+
+def _of_module(module: Any, domain: int | Size) -> Tensor:
+    _check_convolution(module)
     grid = per_axis("domain", domain, len(module.kernel_size))
     if module.transposed and any(n % s for n, s in zip(grid, module.stride, strict=True)):
         raise ValueError(f"domain should be divisible by the stride {module.stride}. Found {grid}")
@@ -385,4 +609,5 @@ def _of_dense(module: Any, domain: Size) -> Tensor:
         torch.eye(numbers, dtype=zero.dtype, device=zero.device).reshape(-1, *zero.shape[1:]).split(256)
     )
     matrix = torch.cat([(module(piece) - bias).flatten(1) for piece in pieces])
+    _check_finite(matrix)
     return torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float64)))

@@ -176,6 +176,14 @@ class Lattice:
         """How many frequencies a spectrum holds."""
         return prod(self.stored)
 
+    def wavenumbers(self) -> Tensor:
+        """The frequencies themselves, ``(frequencies, d)``, in cycles per point of the domain."""
+        last = torch.fft.fftfreq if self.is_complex else torch.fft.rfftfreq
+        transforms = [torch.fft.fftfreq] * (len(self.grid) - 1) + [last]
+        axes = zip(transforms, self.grid, self.stride, strict=True)
+        each = [f(n, d=s, dtype=torch.float64) for f, n, s in axes]
+        return torch.stack(torch.meshgrid(*each, indexing="ij"), -1).flatten(0, -2)
+
     def blocks(self, kernel_size: Size) -> Size:
         """``(out/groups, in/groups * s^d)``: the size of a kernel's matrix at each frequency."""
         return kernel_size[0] // self.groups, kernel_size[1] * prod(self.stride)

@@ -213,7 +213,7 @@ def retrofit(
                 if module in uses.found:
                     use = uses.found[module]
                     raise ValueError(f"its weight should only be used by its own call. Found it in {use}")
-                plans.append(_plan(module, seen.get(module, []), stacked.get(name), boundary, anneal))
+                plans.append(_plan(name, module, seen.get(module, []), stacked.get(name), boundary, anneal))
             except (TypeError, ValueError) as error:
                 problems.append((name, error))
         if problems:
@@ -291,13 +291,8 @@ def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
         if isinstance(module, CONVOLUTIONS)
     ]
     try:
-        with _undisturbed(model), torch.no_grad():
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, (tuple, list)):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
+        with undisturbed(model), torch.no_grad():
+            call(model, example_inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -343,8 +338,15 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """What a model makes of a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """In evaluation mode; modes, buffers and random numbers are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -445,7 +447,7 @@ def _check_shared(model: nn.Module, module: Any) -> None:
 
 
 def _plan(
-    module: Any, seen: list[Size], blocks: list[Block] | None, boundary: str | None, anneal: bool
+    name: str, module: Any, seen: list[Size], blocks: list[Block] | None, boundary: str | None, anneal: bool
 ) -> tuple[Conversion, nn.Module]:
     """How one convolution is made orthogonal; nothing is changed.
 
@@ -483,6 +485,7 @@ def _plan(
     assert conversion.torus != "any"
     exponential = kind(conversion.torus, stride=conversion.stride, groups=conversion.groups)
     exponential.placement = conversion.placement
+    exponential.owner = name or None
     exponential.to(module.weight.device)
     return conversion, exponential if blocks is None else Blocks(exponential, blocks, size, module.groups)
 

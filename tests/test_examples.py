@@ -46,3 +46,10 @@ def test_examples_run_with_a_small_budget(name, tmp_path, monkeypatch, capsys):
     load(name).main()
     assert "Procrustes" in capsys.readouterr().out
     assert (tmp_path / "riemannian.png").stat().st_size > 1000
+
+
+def test_figures_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plots", "--steps", "5", "--out", str(tmp_path)])
+    load("plots").main()
+    for name in ("spectrum", "gradient_norms"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
