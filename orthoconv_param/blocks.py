@@ -119,6 +119,8 @@ class Blocks(nn.Module):
         return ", ".join(f"[{r.start}:{r.stop}, {c.start}:{c.stop}]" for r, c in self.blocks)
 
     def _free(self, device: torch.device) -> Tensor:
+        if device.type == "meta":  # from which it would not come back
+            return self._others.to(device)
         if self._others.device != device:
             self._others = self._others.to(device)
         return self._others

@@ -19,7 +19,19 @@ from torch.nn.utils import parametrize
 
 from .blocks import Blocks
 from .exponential import HALF
-from .lattice import Lattice, Placement, Size, between_zeros, clip, cut, extend, fold, per_axis, surround
+from .lattice import (
+    Lattice,
+    Placement,
+    Size,
+    between_zeros,
+    clip,
+    crop,
+    cut,
+    extend,
+    fold,
+    per_axis,
+    surround,
+)
 from .parametrization import ConvExponential, no_autocast
 from .spectral import Shared, spectral_conv
 from .trivializations import Trivialization
@@ -110,6 +122,7 @@ def orthogonal(
         conversion.torus, stride=conversion.stride, groups=conversion.groups, triv=triv, base=base
     )
     parametrization.placement = conversion.placement
+    parametrization.owner = repr(module).partition("\n")[0]
     conversion.install(parametrization)
     return module
 
@@ -506,9 +519,13 @@ class _Orthogonal(nn.Module):
     def _is_direct(self, domain: Size, batch: int) -> bool:
         """Whether a direct convolution is faster, by Note [cost model].
 
-        One with as many taps as the domain has points never is.
+        One with as many taps as the domain has points never is. What is traced for other runtimes is
+        direct all the same: they know no Fourier transform, or none of complex numbers.
         """
         exponential = self._exponential()
+        exports = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+        if exponential is None and (exports or torch._C._get_tracing_state() is not None):
+            return True
         if exponential is None and parametrize.is_parametrized(self, "weight"):
             return False  # nobody knows its taps
         taps = tuple(self.weight.shape[2:]) if exponential is None else exponential.taps
@@ -526,6 +543,8 @@ class _Orthogonal(nn.Module):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
         transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         if self._boundary == "zeros":
+            if self._size is not None:
+                kernel = crop(kernel, tuple(2 * n - 1 for n in domain))
             padding = tuple(r * (k // 2) for k, r in zip(kernel.shape[2:], dilation, strict=True))
             if not self.transposed:
                 return convolve(x, kernel, None, self.stride, padding, dilation, self.groups)
@@ -574,6 +593,17 @@ class _Orthogonal(nn.Module):
             generator = state_dict.get(stack + self._names()[0])
             if isinstance(generator, Tensor):
                 exponential.loaded(generator)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self._is_sharded():
+            raise RuntimeError(
+                "weight should be assigned while the generator is whole. Found a part of it (a DTensor): "
+                "before `fully_shard`, or between `model.unshard()` and `model.reshard()`"
+            )
+        super().__setattr__(name, value)
+
+    def _is_sharded(self) -> bool:
+        return parametrize.is_parametrized(self, "weight") and hasattr(self._free(), "full_tensor")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module. When `remove_parametrizations` puts the kernel here, it settles the rest."""

@@ -157,7 +157,8 @@ def expm_skew(A: Tensor) -> Tensor:
     if A.dtype not in FLOATS:
         return expm_skew(A.float()).to(A.dtype)
     if A.shape[-1] == 1:
-        return torch.exp((A - torch.conj_physical(A)) / 2)
+        # not by `conj`: its views fail in forward mode within vmap, and conj_physical has no batching rule
+        return torch.complex(A.imag * 0, A.imag).exp() if A.is_complex() else torch.exp(A * 0)
     return exponential(A)
 
 
@@ -209,8 +210,8 @@ def norm_bound(A: Tensor) -> Tensor:
     From the traces of ``A^8`` and ``A^16``, three products; 1.02 times the norm for random matrices of
     size 64.
     """
-    # divided by a norm, so that no power overflows
-    size = _frobenius(A).clamp(min=torch.finfo(A.dtype).tiny)
+    # divided by a norm, so that no power overflows; one whose square underflows is as good as 0
+    size = _frobenius(A).clamp(min=torch.finfo(A.dtype).tiny ** 0.5)
     A = A * (1 / size)[..., None, None]
     A2 = A @ A
     A4 = A2 @ A2

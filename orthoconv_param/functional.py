@@ -202,6 +202,10 @@ def nearest_orthogonal(
     Returns:
         ``(out, in/groups, *domain)``, semi-orthogonal on the domain. Not differentiable.
 
+    Raises:
+        TypeError, ValueError: for arguments that do not describe a convolution on the domain, or are not
+            finite.
+
     Cost: one singular value decomposition for each frequency.
 
     Example:
@@ -211,6 +215,9 @@ def nearest_orthogonal(
         >>> functional.nearest_orthogonal(w, domain=16).shape
         torch.Size([4, 4, 16, 16])
     """
+    exponential.check_dtype("kernel", kernel)
+    if not bool(torch.isfinite(kernel).all()):
+        raise ValueError("kernel should be finite. Found nan or inf")
     return _apply(polar, kernel, domain, stride, groups, with_lattice=True)
 
 

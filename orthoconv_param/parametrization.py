@@ -157,6 +157,7 @@ class ConvExponential(nn.Module):
         self.tol = tol
         # Of the generator's taps, if they are not centred: `orthogonal` sets it.
         self.placement: Placement | None = None
+        self.owner: str | None = None  # the module, in words: whoever knows it says so
         self.size: Size | None = None  # of the generator, once registered
         # With domain="any": the generator's norm, rounded up, and the compact kernel's degree for it.
         self.level: float | None = None
@@ -189,7 +190,9 @@ class ConvExponential(nn.Module):
             ``K`` x ``K`` taps, in the generator's dtype.
 
         Raises:
-            ValueError: if the generator is not of the size that was registered.
+            ValueError: if the generator is not of the size that was registered, or not finite (on CUDA
+                only under `torch.autograd.set_detect_anomaly`, because reading that waits).
+            RuntimeError: if the generator is a part of one, as FSDP keeps it outside of forward.
         """
         lattice, Q = self.spectrum(X)
         with no_autocast(X.device.type):
@@ -213,12 +216,13 @@ class ConvExponential(nn.Module):
             single precision at least.
 
         Raises:
-            ValueError: if the generator is not of the size that was registered.
+            ValueError, RuntimeError: as `forward` does.
         """
         if self.size is None:  # stacked on another parametrization: nothing was inverted here
             self._adopt(X)
         elif X.shape != self.size:
             raise ValueError(f"the generator should be of size {tuple(self.size)}. Found {tuple(X.shape)}")
+        self._check_generator(X)
         with no_autocast(X.device.type):
             kernel = unpack(precise(X))
             tol, norm = 1.0, None
@@ -253,6 +257,29 @@ class ConvExponential(nn.Module):
             if Q.dtype == torch.complex64 and 10 * error > tol:
                 Q = refine(Q)
             return lattice, Q
+
+    def _check_generator(self, X: Tensor) -> None:
+        """That a generator is whole, and finite where reading that waits for nothing."""
+        if torch.compiler.is_compiling() or X.is_meta:
+            return
+        of = "" if self.owner is None else f" of {self.owner}"
+        if hasattr(X, "full_tensor"):
+            raise RuntimeError(
+                f"the generator{of} should be whole. Found a part of it (a DTensor): a model that "
+                "`fully_shard` has taken has its weights in forward only, or between `model.unshard()` and "
+                "`model.reshard()`"
+            )
+        if X.is_cuda and not torch.is_anomaly_enabled():
+            return
+        try:
+            finite = bool(torch.isfinite(X.detach()).all())
+        except RuntimeError:  # vmap
+            return
+        if not finite:
+            raise ValueError(
+                f"the generator{of} should be finite. Found nan or inf: a step of the optimizer was too "
+                "large, or the gradient that it took was not finite"
+            )
 
     def _smaller(self, lattice: Lattice, size: Size, norm: float | None) -> Lattice | None:
         """A torus whose exponential has all the taps that count on a given one, at half the cost."""

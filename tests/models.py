@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
+
+from orthoconv_param import ConvExponential, orthogonal, retrofit, set_orthogonality
+from orthoconv_param.functional import gate_blocks
 
 
 class ConvLSTM(nn.Module):
@@ -98,3 +102,51 @@ class _Twice(nn.Module):
 def reached_twice(mode):
     """One convolution, twice in the network, and with two names."""
     return _Twice(mode)
+
+
+KINDS = ["own grid", "any", "domain", "zeros", "retrofitted"]
+
+
+def network(kind, dtype=torch.float32):
+    """A small network with an orthogonal convolution of one kind, and a batch for it."""
+    torch.manual_seed(0)
+    if kind == "retrofitted":
+        video = torch.randn(2, 2, 2, 6, 6)
+        model = ConvLSTM("zeros", hidden=3)
+        blocks = {"gates": gate_blocks(hidden=3, gates=4, inputs=2)}
+        model = retrofit(model, video, select="gates", blocks=blocks)
+        set_orthogonality(model, 0.5)
+        return model.to(dtype), video.to(dtype)
+    conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+    if kind == "own grid":
+        parametrize.register_parametrization(conv, "weight", ConvExponential())
+    else:
+        orthogonal(
+            conv,
+            domain="any" if kind == "any" else 6,
+            boundary="zeros" if kind == "zeros" else "circular",
+        )
+    return nn.Sequential(conv, nn.Tanh(), nn.Conv2d(3, 2, 1)).to(dtype), torch.randn(2, 3, 6, 6).to(dtype)
+
+
+def constrained(model):
+    """The network's orthogonal convolution."""
+    return model.gates if isinstance(model, ConvLSTM) else model[0]
+
+
+def loss_of(y):
+    """One that an orthogonal operator changes."""
+    return (
+        (y.float() - 0.3).pow(4).mean()
+        if y.dtype in (torch.half, torch.bfloat16)
+        else (y - 0.3).pow(4).mean()
+    )
+
+
+def steps(model, batches, lr=0.3):
+    """Some steps of gradient descent."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for x in batches:
+        optimizer.zero_grad()
+        loss_of(model(x)).backward()
+        optimizer.step()

@@ -440,11 +440,14 @@ def test_huge_weights_have_no_compact_kernel(size):
     assert not is_parametrized(conv)
 
 
-def test_a_generator_that_is_not_finite_shows():
-    holder, _ = compact(2, (3,), 0.5, torch.float32)
+@pytest.mark.parametrize("domain", [None, 6, "any"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_generator_that_is_not_finite_is_named(domain, bad):
+    holder, _ = registered(random(3, 3, 3, 3), domain=domain)
     with torch.no_grad():
-        holder.parametrizations.weight.original[0, 0, 0] = torch.nan
-    assert holder.weight.isnan().any()
+        holder.parametrizations.weight.original[0, 0, 0, 1] = bad
+    with pytest.raises(ValueError, match=r"the generator should be finite\. Found nan or inf: a step"):
+        _ = holder.weight
 
 
 # Being a module
