@@ -17,6 +17,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 def test_riemannian_solvers_reach_the_closed_form():
     riemannian = load("riemannian")
     torch.manual_seed(0)

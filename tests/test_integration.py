@@ -509,7 +509,7 @@ def test_the_operator_is_registered():
 
 
 IMPORT = """
-import sys, threading, time
+import sys, threading
 import geotorch, torch
 torch.set_num_threads(1)
 def settings():
@@ -523,22 +523,18 @@ def hook(event, args):
         audited.append((event, args))
 sys.dont_write_bytecode = True
 sys.addaudithook(hook)
-start = time.perf_counter()
 import orthoconv_param
-print(time.perf_counter() - start)
 assert settings() == before
 assert not audited, audited
-assert not {"geoopt", "matplotlib", "triton", "scipy"} & set(sys.modules)
+assert not {"geoopt", "matplotlib", "triton", "scipy"} & set(sys.modules)  # each takes a while
+from orthoconv_param import manifold
+assert "geoopt" in sys.modules
 """
 
 
-def test_importing_it_does_nothing_else_and_is_quick(tmp_path):
-    times = []
-    for _ in range(3):
-        run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        times.append(float(run.stdout))
-    assert min(times) < 1  # in seconds; 0.03 as measured, where nothing else runs
+def test_importing_it_does_nothing_else(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
     assert not list(tmp_path.iterdir())

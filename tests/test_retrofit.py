@@ -162,6 +162,7 @@ def test_between_its_ends_it_is_what_the_formula_says(cin, out, stride):
         close(operator(conv, (4, 6)), expected)
 
 
+@pytest.mark.slow
 def test_the_generator_is_trained_at_every_t():
     conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular", dtype=DOUBLE)
     retrofit(conv, random(1, 3, 4, 5))
@@ -344,6 +345,7 @@ def test_base_is_updated_under_blocks_and_annealing():
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_saved_halfway_and_continued_in_a_new_process(tmp_path):
     """Model and optimizer saved at t = 0.5; the losses are those without the break."""
     program = f"""

@@ -48,9 +48,12 @@ def test_it_is_the_convolution_and_the_transpose_is_its(geometry, dtype):
     close(spectral_conv(x, spectrum, lattice, transposed=True), y)
 
 
+SOME = [pytest.param(g, marks=pytest.mark.slow) if g in GEOMETRIES[3:5] else g for g in GEOMETRIES]
+
+
 @TRANSPOSED
 @BOTH
-@EACH
+@pytest.mark.parametrize("geometry", SOME)
 def test_derivatives_of_first_and_second_order(geometry, dtype, transposed):
     kernel, lattice, x = make(geometry, dtype, transposed, batch=1)
     own = lattice.spectrum(kernel)
