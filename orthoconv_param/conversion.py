@@ -40,6 +40,7 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 _BOUNDARIES = ("circular", "zeros")
+_USUAL_BATCH = 16
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Convolution: TypeAlias = Any  # a module of one of these classes, whose attributes torch does not annotate
@@ -390,7 +391,9 @@ class _Orthogonal(nn.Module):
             smallest = domain if self._smallest is None else map(min, domain, self._smallest)
             self._smallest = tuple(smallest)
         with no_autocast(x.device.type):
-            y = self._direct(x, domain) if self._is_direct(domain, len(x)) else self._spectral(x, domain)
+            # what is compiled is to take batches of any size
+            batch = _USUAL_BATCH if torch.compiler.is_compiling() else x.shape[0]
+            y = self._direct(x, domain) if self._is_direct(domain, batch) else self._spectral(x, domain)
             if self.bias is not None:
                 y = y + self.bias.reshape(-1, *(1,) * axes)
         return y if input.ndim == x.ndim else y.squeeze(0)
@@ -435,6 +438,8 @@ class _Orthogonal(nn.Module):
             )
         if x.dtype != dtype:
             raise TypeError(f"input should be of the weight's dtype, {dtype}. Found {x.dtype}")
+        if self._size is not None and _is_traced():  # sizes are tensors there
+            return self._size
         size = tuple(x.shape[2:])
         domain = tuple(n * s for n, s in zip(size, self.stride, strict=True)) if self.transposed else size
         self.check_domain(domain)
@@ -524,7 +529,7 @@ class _Orthogonal(nn.Module):
         """
         exponential = self._exponential()
         exports = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-        if exponential is None and (exports or torch._C._get_tracing_state() is not None):
+        if exponential is None and (exports or _is_traced()):
             return True
         if exponential is None and parametrize.is_parametrized(self, "weight"):
             return False  # nobody knows its taps
@@ -671,6 +676,10 @@ class _Orthogonal(nn.Module):
         memo[id(self)] = replica
         replica.__dict__ = deepcopy(self.__dict__, memo)
         return replica
+
+
+def _is_traced() -> bool:
+    return torch._C._get_tracing_state() is not None
 
 
 @cache

@@ -360,11 +360,11 @@ def plot_gradient_norms(
     models = model if isinstance(model, Mapping) else {type(model).__name__: model}
     if not models or not all(isinstance(m, nn.Module) for m in models.values()):
         raise TypeError(f"model should be a module, or a dict of modules by name. Found {model!r}")
-    names: list[Any] = list(inputs) if isinstance(inputs, Mapping) else []
-    rest = (
-        list(inputs.values()) if names else list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-    )
-    x = rest[0] if rest else None
+    names: list[Any] = []
+    arguments = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+    if isinstance(inputs, Mapping):
+        names, arguments = list(inputs), list(inputs.values())
+    x = arguments[0] if arguments else None
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"inputs should begin with a floating tensor. Found {type(x).__name__}")
     if not -x.ndim <= time_axis < x.ndim or not x.shape[time_axis]:
@@ -373,15 +373,19 @@ def plot_gradient_norms(
         )
     curves = {}
     for name, one in models.items():
-        with undisturbed(one), torch.enable_grad(), parametrize.cached():
+        with undisturbed(one), torch.inference_mode(False), torch.enable_grad(), parametrize.cached():
             sequence = x.detach().clone().requires_grad_()
-            arguments = [sequence, *rest[1:]]
-            y = call(one, dict(zip(names, arguments, strict=True)) if names else arguments)
+            given = [sequence, *arguments[1:]]
+            y = call(one, dict(zip(names, given, strict=True)) if names else given)
             value = _mean_square(y, x, time_axis) if loss is None else loss(y)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise ValueError(f"loss should be a scalar that depends on the sequence. Found {value!r}")
-            (gradient,) = torch.autograd.grad(value, sequence)
-        curves[name] = gradient.movedim(time_axis, 0).flatten(1).norm(dim=1).cpu()
+            gradient = None
+            scalar = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+            if scalar and value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.reshape(()), sequence, allow_unused=True)
+        if gradient is None:
+            found = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"loss should be a real scalar that depends on the sequence. Found {found}")
+        curves[name] = gradient.movedim(time_axis, 0).flatten(1).norm(dim=1).double().cpu()
     panel = _panels(None if axes is None else [axes], 1)[0]
     for name, curve in curves.items():
         panel.semilogy(range(len(curve)), torch.where(curve > 0, curve, nan), label=name)

@@ -550,7 +550,8 @@ class ConvExponential(nn.Module):
         norm = self._norm(kernel)
         if kernel.is_meta:
             self._set_level(self.level or _SMALLEST_LEVEL)
-        if norm is None or (not isfinite(norm) and self.degree is not None):
+        unknown = norm is None or norm != norm or (norm == inf and kernel.is_cuda)
+        if norm is None or (unknown and self.degree is not None):
             return None  # not there yet, or a generator that is not finite: its kernel says so
         level = _level(norm)
         if level != self.level:

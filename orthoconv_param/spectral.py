@@ -167,7 +167,7 @@ def _transform(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
         return transform.unflatten(1, (lattice.groups, -1)).permute(1, 3, 2, 0)
 
     channels = x.shape[1] // lattice.groups * (prod(lattice.stride) if fine else 1)
-    shape = (lattice.groups, lattice.frequencies, channels, len(x))
+    shape = (lattice.groups, lattice.frequencies, channels, x.shape[0])
     return _in_pieces(piece, x, 0, shape, -1, torch.promote_types(x.dtype, torch.complex64))
 
 

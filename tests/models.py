@@ -19,7 +19,7 @@ class ConvLSTM(nn.Module):
         self.draw = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, video):
-        h = c = video.new_zeros(len(video), self.hidden, *video.shape[-2:])
+        h = c = video.new_zeros(video.shape[0], self.hidden, *video.shape[-2:])
         for x in video.unbind(1):
             write, keep, read, value = self.gates(torch.cat([x, h], 1)).chunk(4, 1)
             c = keep.sigmoid() * c + write.sigmoid() * value.tanh()
@@ -37,7 +37,7 @@ class ConvGRU(nn.Module):
         self.candidate = nn.Conv2d(inputs + hidden, hidden, 3, padding=1, padding_mode=mode)
 
     def forward(self, video):
-        h = video.new_zeros(len(video), self.hidden, *video.shape[-2:])
+        h = video.new_zeros(video.shape[0], self.hidden, *video.shape[-2:])
         for x in video.unbind(1):
             reset, update = self.gates(torch.cat([x, h], 1)).sigmoid().chunk(2, 1)
             value = self.candidate(torch.cat([x, reset * h], 1)).tanh()

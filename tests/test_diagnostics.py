@@ -354,6 +354,12 @@ def test_plot_gradient_norms_draws_the_gradient_at_each_step(pyplot):
             ValueError,
             "depends on the sequence",
         ),
+        (
+            lambda x: plot_gradient_norms(Decay(1.0), x, loss=lambda y: torch.ones((), requires_grad=True)),
+            ValueError,
+            "depends on the sequence",
+        ),
+        (lambda x: plot_gradient_norms(Decay(1.0), ()), TypeError, "inputs should begin with"),
     ],
 )
 def test_plot_gradient_norms_names_bad_input(call, error, message, pyplot):

@@ -315,6 +315,10 @@ def test_a_generator_of_norm_ten_thousand():
         every.parametrizations.weight.original.copy_(1e4 * random(4, 4, 3, 3))
     with pytest.raises(ValueError, match="norm"):
         every(torch.zeros(1, 4, 8, 8))
+    with torch.no_grad():
+        every.parametrizations.weight.original.mul_(1e20)
+    with pytest.raises(ValueError, match="norm"):
+        every(torch.zeros(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize("where", ["any", 8])

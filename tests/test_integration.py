@@ -418,13 +418,14 @@ def test_generators_have_a_learning_rate_of_their_own(kind):
 # Export
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, "any, not called yet"])
 def removed(request):
-    model, x = network(request.param)
-    steps(model, [x])
+    model, x = network(request.param.partition(",")[0])
+    if request.param in KINDS:
+        steps(model, [x])
     if request.param == "retrofitted":
         set_orthogonality(model, 1, final=True)
-    y = model(x).detach()
+    y = copy.deepcopy(model)(x).detach()
     parametrize.remove_parametrizations(constrained(model), "weight")
     close(model(x), y, atol=1e-5, rtol=1e-5)
     return model.eval(), x, y
@@ -437,6 +438,10 @@ def test_exported_it_is_made_of_torchs_operators(removed):
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert all(target.startswith(("aten.", "<built-in")) for target in targets)
     close(program.module()(x), y, atol=1e-5, rtol=1e-5)
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (x,), dynamic_shapes=batch)
+    more = torch.cat([x, x, x])
+    close(program.module()(more), model(more), atol=1e-5, rtol=1e-5)
     traced = torch.jit.trace(model, (x,))
     close(traced(2 * x), model(2 * x), atol=1e-5, rtol=1e-5)
 
@@ -447,10 +452,15 @@ def test_another_runtime_gives_the_same(removed, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, x, y = removed
-    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=batch)
+    exported.save(tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     close(torch.from_numpy(found), y, atol=1e-4, rtol=1e-4)
+    more = torch.cat([x, -x, x])
+    (found,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
+    close(torch.from_numpy(found), model(more).detach(), atol=1e-4, rtol=1e-4)
 
 
 # Devices and dtypes
