@@ -215,7 +215,8 @@ def norm_bound(A: Tensor) -> Tensor:
     A = A * (1 / size)[..., None, None]
     A2 = A @ A
     A4 = A2 @ A2
-    return _largest_eigenvalue(_frobenius(A4), _frobenius(A4 @ A4), A) ** 0.125 * size
+    bound = _largest_eigenvalue(_frobenius(A4), _frobenius(A4 @ A4), A) ** 0.125 * size
+    return torch.where(size.isfinite(), bound, size)
 
 
 def _largest_eigenvalue(X: Tensor, square: Tensor, A: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ def test_plot_gradient_norms_draws_the_gradient_at_each_step(pyplot):
         curve = torch.as_tensor(line.get_ydata())
         assert line.get_label() == name
         assert len(curve) == 12
-        torch.testing.assert_close(curve[:-1] / curve[1:], model.factor.detach().expand(11))
+        torch.testing.assert_close(curve[:-1] / curve[1:], model.factor.detach().double().expand(11))
         assert model.factor.grad is None
         assert model.training
     y = models["one"].eval()(x)

@@ -287,6 +287,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_data_parallel_and_sharded_training_is_that_of_one_process(tmp_path):
     import torch.distributed.checkpoint as dcp
 

@@ -152,6 +152,7 @@ def test_points_of_other_components_are_infinitely_far():
         manifold.logmap(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "name"),
     [

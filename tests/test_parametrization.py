@@ -344,7 +344,7 @@ def test_compact_kernels_of_the_whole_grid(channels, taps, axes, norm, dtype):
 
 @pytest.mark.parametrize("norm", [0.1, 1.0, pytest.param(2.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-11)])
-@pytest.mark.parametrize("taps", [(3, 3), (2, 4), (1, 5)])
+@pytest.mark.parametrize("taps", [(3, 3), pytest.param((2, 4), marks=pytest.mark.slow), (1, 5)])
 def test_compact_kernel_is_the_exponential_of_this_generator(taps, dtype, tolerance, norm):
     kernel = random(2, 2, *taps, dtype=dtype)
     kernel = kernel * (norm / norm_of(kernel))
