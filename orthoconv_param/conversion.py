@@ -602,8 +602,8 @@ class _Orthogonal(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self._is_sharded():
             raise RuntimeError(
-                "weight should be assigned while the generator is whole. Found a part of it (a DTensor): "
-                "before `fully_shard`, or between `model.unshard()` and `model.reshard()`"
+                "weight should be assigned before `fully_shard`, while the generator is whole. "
+                "Found a part of it (a DTensor)"
             )
         super().__setattr__(name, value)
 

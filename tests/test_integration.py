@@ -277,7 +277,7 @@ for kind in KINDS:
     if kind != "own grid":
         W = constrained(whole).weight.detach()
         buffers = [b.clone() for b in conv.buffers()]
-        raised(lambda: setattr(conv, "weight", W), RuntimeError, "assigned while the generator is whole")
+        raised(lambda: setattr(conv, "weight", W), RuntimeError, "assigned before `fully_shard`")
         assert all(torch.equal(*pair) for pair in zip(buffers, conv.buffers(), strict=True))
     model.unshard()
     torch.testing.assert_close(conv.weight, constrained(whole).weight, atol=1e-5, rtol=1e-5)
