@@ -599,17 +599,6 @@ class _Orthogonal(nn.Module):
             if isinstance(generator, Tensor):
                 exponential.loaded(generator)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and self._is_sharded():
-            raise RuntimeError(
-                "weight should be assigned before `fully_shard`, while the generator is whole. "
-                "Found a part of it (a DTensor)"
-            )
-        super().__setattr__(name, value)
-
-    def _is_sharded(self) -> bool:
-        return parametrize.is_parametrized(self, "weight") and hasattr(self._free(), "full_tensor")
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of any module. When `remove_parametrizations` puts the kernel here, it settles the rest."""
         super().register_parameter(name, param)

@@ -9,6 +9,7 @@ On a lattice with spectra ``X`` (generator) and ``B`` (base), padded to ``m x m`
 at each frequency. ``exp`` may be another map from skew to unitary matrices.
 """
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil, inf, isfinite, isqrt, log2
 from typing import Any, ClassVar, Literal
@@ -322,7 +323,10 @@ class ConvExponential(nn.Module):
             ValueError: if it is not finite, or of another size.
             geotorch.exceptions.InManifoldError: if it is to be orthogonal and is not, or if no generator
                 reaches it.
+            RuntimeError: if it is assigned where FSDP keeps a part of the generator only.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _refuse_parts()
         if check_in_manifold and self.domain == "any":
             raise ValueError('check_in_manifold should be False with domain="any": W is a generator')
         if check_in_manifold:
@@ -659,6 +663,27 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
             free = free[:1] if inside else []
         found |= {id(parameter): parameter for parameter in free}
     return list(found.values())
+
+
+def _refuse_parts() -> None:
+    """That what is assigned to is whole.
+
+    Raises:
+        RuntimeError: if it is not.
+    """
+    # A parametrization is given the value alone, and torch notices only when it has changed. The parameter
+    # is that of the list in whose `right_inverse` this is called.
+    frame = inspect.currentframe()
+    while frame is not None:
+        stack = frame.f_locals.get("self")
+        if isinstance(stack, ParametrizationList):
+            if any(hasattr(parameter, "full_tensor") for parameter in stack.parameters(recurse=False)):
+                raise RuntimeError(
+                    "weight should be assigned before `fully_shard`, while the generator is whole. Found a "
+                    "part of it (a DTensor)"
+                )
+            return
+        frame = frame.f_back
 
 
 def _level(norm: float) -> float:

@@ -274,11 +274,11 @@ for kind in KINDS:
     conv = constrained(model)
     model.reshard()
     raised(lambda: conv.weight, RuntimeError, "should be whole")
-    if kind != "own grid":
-        W = constrained(whole).weight.detach()
-        buffers = [b.clone() for b in conv.buffers()]
-        raised(lambda: setattr(conv, "weight", W), RuntimeError, "assigned before `fully_shard`")
-        assert all(torch.equal(*pair) for pair in zip(buffers, conv.buffers(), strict=True))
+    W = network(kind)[0].state_dict() if kind == "any" else constrained(whole).weight.detach()
+    W = next(v for k, v in W.items() if "original" in k) if kind == "any" else W
+    buffers = [b.clone() for b in conv.buffers()]
+    raised(lambda: setattr(conv, "weight", W), RuntimeError, "assigned before `fully_shard`")
+    assert all(torch.equal(*pair) for pair in zip(buffers, conv.buffers(), strict=True))
     model.unshard()
     torch.testing.assert_close(conv.weight, constrained(whole).weight, atol=1e-5, rtol=1e-5)
     model.reshard()
