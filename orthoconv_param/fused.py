@@ -129,31 +129,26 @@ def _square(Q, eye, j, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _begin(A, n: tl.constexpr, N: tl.constexpr, COMPLEX: tl.constexpr):
-    """This program's matrix in a block, where it lies, what of the block it is, the identity, and 1."""
+def _begin(
+    A, n: tl.constexpr, N: tl.constexpr, RADIUS: tl.constexpr, TERMS: tl.constexpr, COMPLEX: tl.constexpr
+):
+    """``A / 2^s`` of this program, its exponential and ``s``; where it lies; the identity and 1."""
     rows, columns = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
     offsets = tl.program_id(0).to(tl.int64) * (n * n) + rows * n + columns
     mask = (rows < n) & (columns < n)
     re, im = _twice_skew(_load(A, offsets, mask, COMPLEX))
     eye = (rows == columns).to(re.dtype)
-    return (0.5 * re, 0.5 * im), offsets, mask, eye, tl.max(tl.max(eye, 1), 0)
+    one = tl.max(tl.max(eye, 1), 0)  # in the precision of the matrix
+    a, a2, s = _scaled((0.5 * re, 0.5 * im), one * n, RADIUS, COMPLEX)
+    return a, _series(a, a2, eye, one, TERMS, COMPLEX), s, offsets, mask, eye, one
 
 
 @triton.jit
 def expm_kernel(
-    A,
-    Q,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    RADIUS: tl.constexpr,
-    TERMS: tl.constexpr,
-    AD_TERMS: tl.constexpr,
-    COMPLEX: tl.constexpr,
+    A, Q, n: tl.constexpr, N: tl.constexpr, RADIUS: tl.constexpr, TERMS: tl.constexpr, COMPLEX: tl.constexpr
 ):
     """``Q = exp(skew(A))``."""
-    a, offsets, mask, eye, one = _begin(A, n, N, COMPLEX)
-    a, a2, s = _scaled(a, one * n, RADIUS, COMPLEX)
-    q = _series(a, a2, eye, one, TERMS, COMPLEX)
+    _, q, s, offsets, mask, eye, _ = _begin(A, n, N, RADIUS, TERMS, COMPLEX)
     for j in range(s):
         q = _square(q, eye, j, COMPLEX)
     _store(Q, offsets, mask, _polish(q, eye, COMPLEX), COMPLEX)
@@ -172,9 +167,7 @@ def expm_vjp_kernel(
     COMPLEX: tl.constexpr,
 ):
     """``D = phi1(ad_A)(skew(exp(A)^H G))``, with ``skew(A)`` for ``A``."""
-    a, offsets, mask, eye, one = _begin(A, n, N, COMPLEX)
-    a, a2, s = _scaled(a, one * n, RADIUS, COMPLEX)
-    first = _series(a, a2, eye, one, TERMS, COMPLEX)
+    a, first, s, offsets, mask, eye, one = _begin(A, n, N, RADIUS, TERMS, COMPLEX)
     q = first
     for j in range(s):
         q = _square(q, eye, j, COMPLEX)
@@ -197,13 +190,14 @@ def expm_vjp_kernel(
     _store(D, offsets, mask, (0.5 * re, 0.5 * im), COMPLEX)
 
 
-def launch(n: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
-    """The kernels' constants and options, for matrices of a size and dtype."""
+def launch(kernel: Any, n: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
+    """A kernel's constants and options, for matrices of a size and dtype."""
     N = max(_SMALLEST_BLOCK, triton.next_power_of_2(n))
     terms, ad_terms = _TERMS[dtype.to_real()]
-    constants = {"n": n, "N": N, "RADIUS": 1.25, "TERMS": terms, "AD_TERMS": ad_terms}
-    warps = N * N // 128
-    return constants | {"COMPLEX": dtype.is_complex}, {"num_warps": warps}
+    constants = {"n": n, "N": N, "RADIUS": 1.25, "TERMS": terms, "COMPLEX": dtype.is_complex}
+    if kernel is expm_vjp_kernel:
+        constants["AD_TERMS"] = ad_terms
+    return constants, {"num_warps": N * N // 128}
 
 
 def _run(kernel: Any, *matrices: Tensor) -> Tensor:
@@ -212,7 +206,7 @@ def _run(kernel: Any, *matrices: Tensor) -> Tensor:
     if result.numel():
         arguments = [x.resolve_conj().contiguous() for x in (*matrices, result)]
         real = [torch.view_as_real(x) if x.is_complex() else x for x in arguments]
-        constants, options = launch(n, result.dtype)
+        constants, options = launch(kernel, n, result.dtype)
         with torch.cuda.device(result.device) if result.is_cuda else nullcontext():
             kernel[(result.numel() // n**2,)](*real, **constants, **options)
     return result

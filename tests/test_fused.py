@@ -70,7 +70,7 @@ from orthoconv_param import fused
 
 for dtype, element in ((torch.complex64, "*fp32"), (torch.complex128, "*fp64")):
     for kernel in (fused.expm_kernel, fused.expm_vjp_kernel):
-        constants, options = fused.launch(32, dtype)
+        constants, options = fused.launch(kernel, 32, dtype)
         signature = {name: "constexpr" if name in constants else element for name in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
         code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["cubin"]
