@@ -746,6 +746,7 @@ def test_conversion_of_precision(where):
     close(y.norm(), x.float().norm(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "side"), [("any", 8), ("any", 40), ("given", 8)])
 @pytest.mark.parametrize("boundary", ["circular", "zeros"])
 def test_compile_and_transforms(where, side, boundary):

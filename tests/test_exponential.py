@@ -285,7 +285,7 @@ def test_a_bad_matrix_spoils_no_other(bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("size", [(5, 1), (6, 2), (2, 5)])
+@pytest.mark.parametrize("size", [(5, 1), pytest.param((6, 2), marks=pytest.mark.slow), (2, 5)])
 def test_narrow_frames_are_columns_of_the_exponential(size, dtype, monkeypatch):
     monkeypatch.setattr(exponential, "_NARROW", 2)  # so that small ones are made so too
     rows, columns = size

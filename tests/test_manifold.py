@@ -181,7 +181,7 @@ def test_a_thousand_steps_in_single_precision_stay_on_it(optimizer, name):
     assert defect(operator(manifold, value.double())) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.complex64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("size", "stride"), [((3, 3, 4, 4), 1), ((4, 2, 6), 1), ((2, 2, 6), 2)])
 @pytest.mark.parametrize("optimizer", ["RiemannianSGD", "RiemannianAdam"])
 def test_a_kernel_is_trained(optimizer, size, stride, dtype):
