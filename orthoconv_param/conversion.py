@@ -393,7 +393,8 @@ class _Orthogonal(nn.Module):
         with no_autocast(x.device.type):
             # what is compiled is to take batches of any size
             batch = _USUAL_BATCH if torch.compiler.is_compiling() else x.shape[0]
-            y = self._direct(x, domain) if self._is_direct(domain, batch) else self._spectral(x, domain)
+            direct = self._once(("direct", domain, batch), lambda: self._is_direct(domain, batch))
+            y = self._direct(x, domain) if direct else self._spectral(x, domain)
             if self.bias is not None:
                 y = y + self.bias.reshape(-1, *(1,) * axes)
         return y if input.ndim == x.ndim else y.squeeze(0)

@@ -104,6 +104,11 @@ def _is_batched(x: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether no derivative is asked for, and no map over a batch."""
+    return not (torch.is_grad_enabled() or _is_transformed() or _is_batched(x))
+
+
 class _Gather(torch.autograd.Function):
     """The token of a shared spectrum."""
 
@@ -149,8 +154,8 @@ def _convolve(x: Tensor, spectrum: Tensor | Shared, lattice: Lattice, adjoint: b
             return _Step.apply(x, spectrum.spectrum, spectrum.token, lattice, adjoint, spectrum.factors)
         spectrum = spectrum.spectrum
     # Unlike in Note [operator and Function], what is compiled or exported is made of torch's own
-    # operators, which torch differentiates.
-    if torch.compiler.is_compiling():
+    # operators, which torch differentiates; and so is what nobody differentiates, to save their overhead.
+    if torch.compiler.is_compiling() or _is_plain(x):
         return _apply(x, spectrum, lattice, adjoint)[0]
     return _Apply.apply(x, spectrum, lattice, adjoint)[0]
 
@@ -363,9 +368,7 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, M: Tensor, token: Tensor, lattice: Lattice, adjoint: bool, factors: _Factors
     ) -> Tensor:
-        y, transform = torch.ops.orthoconv_param.spectral_conv(
-            x, M, lattice.domain, lattice.stride, lattice.groups, adjoint
-        )
+        y, transform = _apply(x, M, lattice, adjoint)
         ctx.save_for_backward(x, M, transform)
         ctx.lattice, ctx.adjoint, ctx.factors = lattice, adjoint, factors
         return y
@@ -375,7 +378,8 @@ class _Step(torch.autograd.Function):
         x, M, transform = ctx.saved_tensors
         dx = dM = g_transform = None
         if ctx.needs_input_grad[0]:
-            dx, g_transform = _Apply.apply(g, M, ctx.lattice, not ctx.adjoint)
+            apply = _apply if _is_plain(g) else _Apply.apply
+            dx, g_transform = apply(g, M, ctx.lattice, not ctx.adjoint)
         if torch.is_grad_enabled() or _is_batched(g):  # to be differentiated again, or by `vmap`
             pair = (x, g) if ctx.adjoint else (g, x)
             dM = _Outer.apply(*pair, None, None, ctx.lattice)
