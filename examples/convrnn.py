@@ -1,0 +1,166 @@
+"""The network of the paper: a convolutional recurrent net whose state neither explodes nor decays.
+
+On a periodic lattice of 1 to 3 dimensions (M. O. Magnasco, arXiv:2302.07396):
+
+    h(t+1) = phi(U * h(t) + V * x(t))
+
+`U` is an orthogonal convolution if the state is real, a unitary one if it is complex:
+`orthogonal(nn.Conv2d(...))`, and nothing else. `phi` acts on each number of the state, and keeps its phase
+(of a real one, its sign).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from orthoconv_param import generators, orthogonal
+
+
+def convolution(
+    axes: int,
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool = True,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """A periodic one, three wide."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    return kind(
+        inputs, outputs, 3, padding=1, padding_mode="circular", bias=bias, groups=groups, dtype=dtype
+    )
+
+
+class ModReLU(nn.Module):
+    """``phi(z) = z/|z| relu(|z| + b)``, a ``b`` for each channel, at first 0.
+
+    Where ``|z| < 1e-5`` it is linear, so that it is continuous at zero. (Arjovsky et al., arXiv:1511.06464)
+    """
+
+    def __init__(self, channels: int, axes: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(channels, *[1] * axes, dtype=dtype))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Of ``(batch, channels, *size)``."""
+        return z * torch.relu(1 + self.b / z.abs().clamp_min(1e-5))
+
+
+class Sigmoid(nn.Module):
+    """``phi(z) = z / sqrt(1 + |z|^2)``: the modulus saturates at 1.
+
+    (Chandra and Magnasco, arXiv:2405.13854)
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Of numbers, real or complex."""
+        return z * torch.rsqrt(1 + z.abs().square())
+
+
+class Cell(nn.Module):
+    """One step of a recurrent net: ``cell(x, state)`` is the state after the frame ``x``.
+
+    `None` is a blank frame. Others are ``(batch, inputs, *size)``, states ``(batch, memories * channels,
+    *size)``.
+    """
+
+    memories = 1  # tensors of the state, one after the other; the first is what others see
+
+    def __init__(self, channels: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.channels, self.dtype = channels, dtype or torch.get_default_dtype()
+
+    def start(self, batch: int, size: Sequence[int]) -> Tensor:
+        """The state before the first frame: zeros."""
+        return torch.zeros(batch, self.memories * self.channels, *size, dtype=self.dtype)
+
+    def output(self, state: Tensor) -> Tensor:
+        """What others see of a state, ``(batch, channels, *size)``."""
+        return state[:, : self.channels]
+
+    def recurrent_parameters(self) -> list[nn.Parameter]:
+        """Those that want a smaller learning rate the more steps there are."""
+        return []
+
+
+class ConvRNNCell(Cell):
+    """``h(t+1) = phi(U * h(t) + V * x(t))``, on periodic images of every size.
+
+    Args:
+        inputs: channels of `x`.
+        channels: of the state.
+        axes: of the lattice, 1 to 3.
+        phi: ``"modrelu"``, ``"sigmoid"`` or ``"identity"``.
+        dtype: of the state, by default torch's; a complex one makes `U` unitary.
+        bias: whether a constant for each channel is added before `phi`.
+        spread: standard deviation of the initial values of the generator, whose exponential `U` is: near
+        0, `U`
+            is near the identity. By default they are torch's own of a convolution.
+        groups: of the channels: that many independent networks, side by side.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        channels: int,
+        *,
+        axes: int = 2,
+        phi: str = "modrelu",
+        dtype: torch.dtype | None = None,
+        bias: bool = False,
+        spread: float | None = None,
+        groups: int = 1,
+    ) -> None:
+        super().__init__(channels, dtype)
+        kinds: dict[str, Callable[[], nn.Module]] = {
+            "modrelu": lambda: ModReLU(channels, axes, self.dtype.to_real()),
+            "sigmoid": Sigmoid,
+            "identity": nn.Identity,
+        }
+        if phi not in kinds:
+            raise ValueError(f"phi should be one of {list(kinds)}. Found {phi!r}")
+        recurrence = convolution(axes, channels, channels, bias=bias, groups=groups, dtype=dtype)
+        self.input = convolution(axes, inputs, channels, bias=False, groups=groups, dtype=dtype)
+        if spread is not None:
+            nn.init.normal_(recurrence.weight, std=spread)
+        self.recurrence = orthogonal(recurrence)
+        self.phi = kinds[phi]()
+
+    def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
+        """The next state."""
+        z = self.recurrence(h)
+        return self.phi(z if x is None else z + self.input(x.to(z.dtype)))
+
+    def recurrent_parameters(self) -> list[nn.Parameter]:
+        """The generator of `U`, and what `phi` has."""
+        return [*generators(self), *self.phi.parameters()]
+
+
+class Recurrent(nn.Module):
+    """A cell, and a module that reads its last state; if what that reads is complex, the real part."""
+
+    def __init__(self, cell: Cell, read: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.read = cell, read
+
+    def forward(self, frames: Sequence[Tensor | None], states: list[Tensor] | None = None) -> Tensor:
+        """What is read after the last frame.
+
+        Args:
+            frames: of which the first is none of the blank ones.
+            states: the state after each frame is appended to this list.
+        """
+        first = frames[0]
+        if first is None:
+            raise ValueError("the first frame should be a tensor, since it tells the size")
+        state = self.cell.start(len(first), first.shape[2:])
+        with parametrize.cached():  # the exponential is computed once, not once a frame
+            for x in frames:
+                state = self.cell(x, state)
+                if states is not None:
+                    states.append(state)
+        y = self.read(self.cell.output(state))
+        return y.real if y.is_complex() else y

@@ -1,0 +1,174 @@
+"""What the experiments share: options, workers with a progress bar, and many networks trained as one."""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from convrnn import Recurrent
+from sklearn.datasets import load_digits
+from torch import Tensor
+from tqdm import tqdm
+
+TRAINING_DIGITS = 1500  # of 1797; the others are for testing
+
+
+def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options of all experiments; ``quick`` says what the quick setting is."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--out", type=Path, default=Path("."), help="folder of the CSV and PNG files")
+    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    result.add_argument("--quick", action="store_true", help=quick)
+    result.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    return result
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """All scanned digits, ``(1797, 8, 8)`` with values in [0, 1], and which they are."""
+    bunch = load_digits()
+    return torch.tensor(bunch.images / 16, dtype=torch.float32), torch.tensor(bunch.target)
+
+
+# Workers
+
+_ticks: Any = None
+
+
+def _begin(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+    torch.set_num_threads(1)
+
+
+def tick(n: int = 1) -> None:
+    """Moves the progress bar, from within a worker."""
+    if _ticks is not None:
+        with _ticks.get_lock():
+            _ticks.value += n
+
+
+def run(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], total: int, title: str, workers: int
+) -> list[Any]:
+    """Calls the function with each job's arguments, in several processes; all make ``total`` ticks."""
+    context = multiprocessing.get_context("spawn")
+    ticks = context.Value("q", 0)
+    with (
+        ProcessPoolExecutor(workers, context, _begin, (ticks,)) as pool,
+        tqdm(total=total, desc=title, unit="step", unit_scale=True, mininterval=0.5) as progress,
+    ):
+        futures = [pool.submit(function, *job) for job in jobs]
+        while wait(futures, timeout=0.5, return_when="FIRST_EXCEPTION").not_done:
+            progress.update(ticks.value - progress.n)
+            for future in futures:
+                if future.done() and future.exception():
+                    pool.shutdown(cancel_futures=True)
+                    future.result()
+        progress.update(ticks.value - progress.n)
+        return [future.result() for future in futures]
+
+
+def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A CSV file with the rows' keys as its header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# Many networks as one: each is a group of its channels. Every parameter's first axis is its members'.
+
+
+def population(make: Callable[[int], Recurrent], seeds: Sequence[int]) -> Recurrent:
+    """A network of as many groups as there are seeds, each drawn with its own.
+
+    Args:
+        make: such a network, given the number of groups.
+        seeds: of the members.
+    """
+    networks = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        networks.append(make(1).state_dict())
+    result = make(len(seeds))
+    result.load_state_dict({name: torch.cat([n[name] for n in networks]) for name in networks[0]})
+    return result
+
+
+def members(make: Callable[[int], Recurrent], network: Recurrent, which: Tensor, of: int) -> Recurrent:
+    """The network of some of the groups of another."""
+    result = make(len(which))
+    state = network.state_dict()
+    result.load_state_dict({k: v.unflatten(0, (of, -1))[which].flatten(0, 1) for k, v in state.items()})
+    return result
+
+
+def fit(
+    network: Recurrent,
+    loss: Callable[[Recurrent], Tensor],
+    steps: int,
+    rates: Tensor,
+    recurrent: float = 1.0,
+    cost: int = 1,
+) -> Tensor:
+    """Trains all members by Adam; returns their losses, ``(steps, members)``.
+
+    Args:
+        network: of ``len(rates)`` groups.
+        loss: of each member, on another batch at each call.
+        steps: of Adam; learning rates fall to zero along a cosine.
+        rates: of the members.
+        recurrent: what the rate of `recurrent_parameters` is multiplied by.
+        cost: ticks of a step.
+    """
+    slow = {id(p) for p in network.cell.recurrent_parameters()}
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) not in slow], "lr": 1.0},
+        {"params": [p for p in parameters if id(p) in slow], "lr": recurrent},
+    ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = torch.empty(steps, len(rates))
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses_now = loss(network)
+        losses_now.sum().backward()
+        before = [p.detach().clone() for p in parameters]
+        optimizer.step()
+        schedule.step()
+        with (
+            torch.no_grad()
+        ):  # Adam's step is proportional to the rate, which differs from member to member
+            for p, old in zip(parameters, before, strict=True):
+                change = (p - old).unflatten(0, (len(rates), -1))
+                p.copy_(old + (rates.view(-1, *(1,) * p.ndim) * change).flatten(0, 1))
+        losses[step] = losses_now.detach()
+        tick(cost)
+    return losses
+
+
+def size_of(network: Recurrent) -> int:
+    """Real numbers among its parameters."""
+    return sum(p.numel() * (2 if p.is_complex() else 1) for p in network.parameters())

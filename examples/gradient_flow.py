@@ -1,0 +1,120 @@
+"""How strongly the error at step T depends on the state at each step before: the picture behind it all.
+
+The networks of `long_memory.py` see a digit, then T blank frames, and give it back. Drawn is the norm of
+the gradient of their squared error with respect to the state after each frame, relative to that after the
+last, untrained and trained. In an orthogonal network it stays what it is; in others it decays, or
+explodes, geometrically.
+
+    python examples/gradient_flow.py --out DIR
+
+writes gradient_flow.csv (a row for each network, seed and step) and gradient_flow.png, and prints the
+ratios of the first norm to the last, for each seed. They are trained with one learning rate, 1e-2, for as
+many steps as there.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from convrnn import Recurrent
+from experiment import TRAINING_DIGITS, digits, parser, population, run, save, table
+from long_memory import STEPS, frames, networks, train
+from torch import Tensor
+
+RATE = 1e-2
+IMAGES = 16  # over which the error is taken
+
+
+def gradient_norms(network: Recurrent, members: int, delay: int) -> Tensor:
+    """``(members, delay + 1)``, relative to the last."""
+    images, _ = digits()
+    shown = (
+        images[TRAINING_DIGITS:, None][:IMAGES].expand(-1, members, -1, -1).to(torch.get_default_dtype())
+    )
+    states: list[Tensor] = []
+    recalled = network(frames(shown, delay), states)
+    gradients = torch.autograd.grad((recalled - shown).square().sum(), states)
+    # the channels are those of each memory, member by member
+    channels = network.cell.channels // members
+    parts = [g.unflatten(1, (-1, members, channels)).movedim(2, 0).flatten(1) for g in gradients]
+    norms = torch.stack([part.norm(dim=1) for part in parts], 1)
+    return norms / norms[:, -1:]
+
+
+def in_double_precision(name: str, delay: int, network: Recurrent, members: int) -> Recurrent:
+    """The same, so that small gradients do not end as zeros."""
+    torch.set_default_dtype(torch.float64)
+    result = networks(delay)[name](members)
+    result.load_state_dict(network.state_dict())
+    return result
+
+
+def experiment(name: str, delay: int, seeds: Sequence[int], steps: int) -> dict[bool, Tensor]:
+    """The norms before training, and after."""
+    torch.set_default_dtype(torch.float32)
+    untrained = population(networks(delay)[name], seeds)
+    trained, _ = train(name, delay, list(seeds), [RATE], steps)
+    return {
+        is_trained: gradient_norms(in_double_precision(name, delay, network, len(seeds)), len(seeds), delay)
+        for is_trained, network in ((False, untrained), (True, trained))
+    }
+
+
+def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
+    """Norms over the step: geometric means over the seeds, between the least and the largest."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axes, is_trained in zip(panels, (False, True), strict=True):
+        for name, norms in results.items():
+            logarithms = norms[is_trained].clamp_min(1e-300).log10()
+            steps = range(logarithms.shape[1])
+            middle = axes.plot(steps, 10 ** logarithms.mean(0), label=name)[0]
+            low, high = 10 ** logarithms.amin(0), 10 ** logarithms.amax(0)
+            axes.fill_between(steps, low, high, color=middle.get_color(), alpha=0.2)
+        axes.set(xlabel="step of the state", yscale="log", ylim=(1e-20, 1e10))
+        axes.set_title("trained" if is_trained else "untrained")
+    panels[0].set_ylabel("gradient's norm, relative to the last step's")
+    panels[1].legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Runs the program."""
+    options = parser(__doc__, quick="a delay of 50, two seeds, 10 steps of Adam")
+    options.add_argument("--delay", type=int, default=1000)
+    options.add_argument("--steps", type=int, default=STEPS[1000], help="of Adam")
+    arguments = options.parse_args()
+    if arguments.quick:
+        arguments.delay, arguments.seeds, arguments.steps = 50, [0, 1], 10
+
+    delay, seeds, steps = arguments.delay, arguments.seeds, arguments.steps
+    names = list(networks(delay))
+    jobs = [(name, delay, seeds, steps) for name in names]
+    results = run(experiment, jobs, len(jobs) * delay * steps * len(seeds), "training", arguments.workers)
+    norms = dict(zip(names, results, strict=True))
+    rows: list[dict[str, Any]] = [
+        {"network": name, "trained": is_trained, "seed": seed, "step": step, "norm": norm}
+        for name in names
+        for is_trained in (False, True)
+        for seed, values in zip(seeds, norms[name][is_trained].tolist(), strict=True)
+        for step, norm in enumerate(values)
+    ]
+    save(arguments.out / "gradient_flow.csv", rows)
+    draw(norms, arguments.out / "gradient_flow.png")
+
+    def ratios(values: Tensor) -> str:
+        return ", ".join(
+            f"{ratio:.4f}" if 0.01 < ratio < 100 else f"{ratio:.0e}" for ratio in values[:, 0].tolist()
+        )
+
+    cells = [[name, ratios(norms[name][False]), ratios(norms[name][True])] for name in names]
+    print(table(["network", "untrained", "trained"], cells))
+    print(f"gradient_flow.csv and gradient_flow.png are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

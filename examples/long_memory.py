@@ -1,0 +1,215 @@
+"""Recall over a delay: a digit is shown once, T blank or noisy frames follow, and it must be given back.
+
+Real scanned digits (scikit-learn's, 8x8, values in [0, 1]) are shown to recurrent networks of about as
+many parameters each, which then see nothing, or noise, for T steps. All are trained by Adam on the
+squared error, for equally many steps, with each learning rate of the grid and each seed; reported is the
+error on digits that they were not trained on, with the rate whose loss in the last tenth of training is
+the least.
+
+    python examples/long_memory.py --out DIR
+
+writes recall.csv (a row for each network, delay, rate and seed) and recall.png, and prints a table: mean
+and standard deviation over the seeds.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from baselines import ConvGRUCell, ConvLSTMCell, PlainConvRNNCell
+from convrnn import Cell, ConvRNNCell, Recurrent, convolution
+from experiment import (
+    TRAINING_DIGITS,
+    digits,
+    fit,
+    members,
+    parser,
+    population,
+    run,
+    save,
+    size_of,
+    spread,
+    table,
+)
+from torch import Tensor
+
+RATES = (3e-3, 1e-2, 3e-2)
+STEPS = {100: 60, 500: 30, 1000: 20}  # of Adam, for each delay
+BATCH = 8
+SPREAD = 1e-3  # of the generators' initial values: U is near the identity
+
+
+def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: Any) -> Recurrent:
+    """``channels`` are those of each group."""
+    channels *= groups
+    read = convolution(2, channels, groups, groups=groups, dtype=options.get("dtype"))
+    return Recurrent(cell(groups, channels, groups=groups, **options), read)
+
+
+def networks(delay: int) -> dict[str, Callable[[int], Recurrent]]:
+    """How each is made, of a number of groups; with about as many parameters each.
+
+    Real and complex state, and a linear one; the second ConvLSTM knows how long the delay is.
+    """
+    complex_dtype = torch.get_default_dtype().to_complex()
+    ours = partial(_network, ConvRNNCell, spread=SPREAD)
+    return {
+        "orthogonal ConvRNN": partial(ours, 12),
+        "unitary ConvRNN": partial(ours, 8, dtype=complex_dtype),
+        "linear orthogonal ConvRNN": partial(ours, 12, phi="identity"),
+        "ConvLSTM": partial(_network, ConvLSTMCell, 6),
+        "ConvLSTM (chrono)": partial(_network, ConvLSTMCell, 6, delay=delay),
+        "ConvGRU": partial(_network, ConvGRUCell, 7),
+        "plain ConvRNN": partial(_network, PlainConvRNNCell, 12),
+    }
+
+
+def frames(
+    images: Tensor, delay: int, noise: float = 0.0, random: torch.Generator | None = None
+) -> list[Tensor | None]:
+    """The images, and the frames that follow."""
+    if not noise:
+        return [images] + [None] * delay
+    return [images, *(noise * torch.randn(images.shape, generator=random) for _ in range(delay))]
+
+
+def train(
+    name: str,
+    delay: int,
+    seeds: list[int],
+    rates: list[float],
+    steps: int,
+    batch: int = BATCH,
+    noise: float = 0.0,
+) -> tuple[Recurrent, Tensor]:
+    """One network of all seeds with all rates, rate by rate; and their losses, ``(steps, members)``."""
+    images, _ = digits()
+    every_seed = seeds * len(rates)
+    network = population(networks(delay)[name], every_seed)
+    randoms = [torch.Generator().manual_seed(seed) for seed in every_seed]
+
+    def loss(network: Recurrent) -> Tensor:
+        batches = [torch.randint(TRAINING_DIGITS, (batch,), generator=r) for r in randoms]
+        shown = images[torch.stack(batches, 1)]
+        return (network(frames(shown, delay, noise, randoms[0])) - shown).square().mean((0, 2, 3))
+
+    each = torch.tensor(rates).repeat_interleave(len(seeds))
+    # A change of the recurrence's angles grows with the number of steps
+    losses = fit(network, loss, steps, each, recurrent=1 / delay, cost=delay * len(every_seed))
+    return network, losses
+
+
+def experiment(
+    name: str, delay: int, seeds: list[int], rates: list[float], steps: int, batch: int, noise: float
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """The rows of the CSV file, and some digits as the first seed's network gives them back."""
+    network, losses = train(name, delay, seeds, rates, steps, batch, noise)
+    last = losses[-max(1, steps // 10) :].mean(0).view(len(rates), -1)
+    best = int(last.mean(1).nan_to_num(torch.inf).argmin())
+    chosen = torch.arange(best * len(seeds), (best + 1) * len(seeds))
+    network = members(networks(delay)[name], network, chosen, losses.shape[1])
+    images, _ = digits()
+    shown = images[TRAINING_DIGITS:, None].expand(-1, len(seeds), -1, -1)
+    with torch.no_grad():
+        recalled = network(frames(shown, delay, noise, torch.Generator().manual_seed(0)))
+    errors = (recalled - shown).square().mean((0, 2, 3))
+    parameters = size_of(network) // len(seeds)
+    rows = [
+        {
+            "network": name,
+            "parameters": parameters,
+            "delay": delay,
+            "noise": noise,
+            "steps": steps,
+            "rate": rate,
+            "seed": seed,
+            "training_loss": last[r, s].item(),
+            "chosen": r == best,
+            "test_error": errors[s].item() if r == best else "",
+        }
+        for r, rate in enumerate(rates)
+        for s, seed in enumerate(seeds)
+    ]
+    return rows, recalled[:8, 0]
+
+
+def errors_of(rows: list[dict[str, Any]], name: str, delay: int) -> list[float]:
+    """One for each seed, with the chosen rate."""
+    which = [r for r in rows if r["chosen"] and (r["network"], r["delay"]) == (name, delay)]
+    return [r["test_error"] for r in which]
+
+
+def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], path: Path) -> None:
+    """The errors over the delay, and what is recalled after the longest."""
+    names = list(dict.fromkeys(name for name, _ in recalled))
+    delays = sorted({delay for _, delay in recalled})
+    images, _ = digits()
+    shown = images[TRAINING_DIGITS:]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name in names:
+        errors = [errors_of(rows, name, delay) for delay in delays]
+        spreads = [statistics.stdev(e) if len(e) > 1 else 0.0 for e in errors]
+        left.errorbar(
+            delays, [statistics.mean(e) for e in errors], spreads, marker="o", capsize=3, label=name
+        )
+    mean = (shown - images[:TRAINING_DIGITS].mean()).square().mean().item()
+    left.axhline(mean, color="gray", linestyle=":", label="the mean of all pixels")
+    left.set(xlabel="blank or noisy frames", ylabel="mean squared error", xscale="log", yscale="log")
+    left.set_xticks(delays, [str(delay) for delay in delays])
+    left.minorticks_off()
+    left.legend(fontsize=8)
+    strips = [shown[:8], *(recalled[name, delays[-1]] for name in names)]
+    right.imshow(torch.cat([torch.cat(list(strip), 1) for strip in strips]), cmap="gray", vmin=0, vmax=1)
+    right.set_yticks([8 * n + 3.5 for n in range(len(strips))], ["shown", *names])
+    right.set(xticks=[], title=f"recalled after {delays[-1]} frames")
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Runs the program."""
+    options = parser(__doc__, quick="delays of 10 and 20, two seeds, two rates, 20 steps of Adam")
+    options.add_argument("--delays", type=int, nargs="+", default=[100, 500, 1000])
+    options.add_argument("--rates", type=float, nargs="+", default=RATES)
+    options.add_argument("--steps", type=int, help=f"of Adam (default: {STEPS}, by delay; others 20)")
+    options.add_argument("--batch", type=int, default=BATCH)
+    options.add_argument(
+        "--noise", type=float, default=0.0, help="standard deviation in the frames that follow"
+    )
+    arguments = options.parse_args()
+    if arguments.quick:
+        arguments.delays, arguments.seeds, arguments.rates, arguments.steps = (
+            [10, 20],
+            [0, 1],
+            [1e-2, 3e-2],
+            20,
+        )
+
+    kinds = [(name, delay) for delay in sorted(arguments.delays, reverse=True) for name in networks(delay)]
+    seeds, rates = arguments.seeds, list(arguments.rates)
+    steps = {delay: arguments.steps or STEPS.get(delay, 20) for delay in arguments.delays}
+    jobs = [(*kind, seeds, rates, steps[kind[1]], arguments.batch, arguments.noise) for kind in kinds]
+    total = sum(delay * steps[delay] for _, delay in kinds) * len(seeds) * len(rates)
+    results = run(experiment, jobs, total, "all networks", arguments.workers)
+    rows = [row for some, _ in results for row in some]
+    save(arguments.out / "recall.csv", rows)
+    draw(rows, {kind: r for kind, (_, r) in zip(kinds, results, strict=True)}, arguments.out / "recall.png")
+
+    parameters = {row["network"]: str(row["parameters"]) for row in rows}
+    delays = sorted(arguments.delays)
+    cells = [
+        [name, count, *(spread(errors_of(rows, name, delay), 4) for delay in delays)]
+        for name, count in parameters.items()
+    ]
+    print(table(["network", "parameters", *(f"T = {delay}" for delay in delays)], cells))
+    print(f"recall.csv and recall.png are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Digits read a row, or a pixel at a time: convolutional recurrent nets on a ring, and a dense one.
+
+Real scanned digits (scikit-learn's, 8x8) come as 8 frames, the rows, on a periodic 1-d lattice of 8
+sites; then as 64 frames of one pixel, in an order drawn once, which enters at the first site (the others
+are fed zero). At the end a linear map of the whole state tells the digit. All networks have about as many
+parameters; the dense one, geotorch's orthogonal expRNN, sees a frame as a vector. Each is trained by Adam
+for equally many steps, with each learning rate of the grid and each seed, on 1300 digits; reported is the
+accuracy on 297 others, with the rate that is best on 200 more.
+
+    python examples/row_digits.py --out DIR
+
+writes row_digits.csv (a row for each task, network, rate and seed) and row_digits.png, and prints a
+table: mean and standard deviation over the seeds.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from baselines import ConvGRUCell, ConvLSTMCell, ExpRNNCell, PlainConvRNNCell
+from convrnn import Cell, ConvRNNCell, Recurrent
+from experiment import (
+    TRAINING_DIGITS,
+    digits,
+    fit,
+    members,
+    parser,
+    population,
+    run,
+    save,
+    size_of,
+    spread,
+    table,
+)
+from torch import Tensor, nn
+
+RATES = (3e-3, 1e-2, 3e-2)
+SPREAD = 0.3  # of the generators' initial values: U turns by about a radian
+STEPS = {"rows": 600, "permuted pixels": 300}  # of Adam
+VALIDATION_DIGITS = 200  # the last of those for training
+SITES = 8
+FRAMES = {"rows": 8, "permuted pixels": 64}
+
+
+class Modulus(nn.Module):
+    """``|h|``: what phi acts on."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Of a state, real or complex."""
+        return h.abs()
+
+
+def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: Any) -> Recurrent:
+    """``channels`` are those of each group."""
+    channels *= groups
+    read: nn.Module = nn.Conv1d(channels, 10 * groups, SITES, groups=groups)
+    if cell is ConvRNNCell:
+        read = nn.Sequential(Modulus(), read)
+    return Recurrent(cell(groups, channels, axes=1, groups=groups, **options), read)
+
+
+def _dense(inputs: int, channels: int, groups: int) -> Recurrent:
+    inputs, channels = inputs * groups, channels * groups
+    read = nn.Conv1d(channels, 10 * groups, 1, groups=groups)
+    return Recurrent(ExpRNNCell(inputs, channels, groups=groups), read)
+
+
+def networks(task: str) -> dict[str, Callable[[int], Recurrent]]:
+    """How each is made, of a number of groups."""
+    few = task == "rows"  # phi saturates at every step: of many, those that came first would be lost
+    phi = {"phi": "sigmoid", "bias": True} if few else {"phi": "modrelu"}
+    ours = partial(_network, ConvRNNCell, spread=SPREAD, **phi)
+    return {
+        "orthogonal ConvRNN": partial(ours, 20),
+        "unitary ConvRNN": partial(ours, 16, dtype=torch.get_default_dtype().to_complex()),
+        "ConvLSTM": partial(_network, ConvLSTMCell, 12),
+        "ConvGRU": partial(_network, ConvGRUCell, 14),
+        "plain ConvRNN": partial(_network, PlainConvRNNCell, 20),
+        "expRNN, dense": partial(_dense, *((8, 45) if few else (1, 48))),
+    }
+
+
+def frames(images: Tensor, task: str, dense: bool) -> list[Tensor]:
+    """``(batch, members, 8, 8)`` as frames ``(batch, members, sites)``."""
+    if task == "rows":
+        return list(images.unbind(2))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    pixels = images.flatten(2)[..., order].unsqueeze(-1)
+    return list((pixels if dense else F.pad(pixels, (0, SITES - 1))).unbind(2))
+
+
+def experiment(
+    task: str, name: str, seeds: list[int], rates: list[float], steps: int, batch: int
+) -> list[dict[str, Any]]:
+    """The rows of the CSV file."""
+    images, labels = digits()
+    make = networks(task)[name]
+    dense = "dense" in name
+    every_seed = seeds * len(rates)
+    training = TRAINING_DIGITS - VALIDATION_DIGITS
+    randoms = [torch.Generator().manual_seed(seed) for seed in every_seed]
+
+    def loss(network: Recurrent) -> Tensor:
+        which = torch.stack([torch.randint(training, (batch,), generator=r) for r in randoms], 1)
+        logits = network(frames(images[which], task, dense)).view(batch, len(every_seed), 10)
+        return F.cross_entropy(logits.movedim(2, 1), labels[which], reduction="none").mean(0)
+
+    def accuracy(network: Recurrent, which: slice, count: int) -> Tensor:
+        seen = images[which, None].expand(-1, count, -1, -1)
+        with torch.no_grad():
+            answers = network(frames(seen, task, dense)).view(len(seen), count, 10).argmax(-1)
+        return (answers == labels[which, None]).float().mean(0)
+
+    network = population(make, every_seed)
+    each = torch.tensor(rates).repeat_interleave(len(seeds))
+    cost = FRAMES[task] * len(every_seed)
+    fit(network, loss, steps, each, recurrent=8 / FRAMES[task], cost=cost)
+    validation = accuracy(network, slice(training, TRAINING_DIGITS), len(every_seed)).view(len(rates), -1)
+    best = int(validation.mean(1).argmax())
+    chosen = torch.arange(best * len(seeds), (best + 1) * len(seeds))
+    network = members(make, network, chosen, len(every_seed))
+    test = accuracy(network, slice(TRAINING_DIGITS, None), len(seeds))
+    parameters = size_of(network) // len(seeds)
+    return [
+        {
+            "task": task,
+            "network": name,
+            "parameters": parameters,
+            "steps": steps,
+            "rate": rate,
+            "seed": seed,
+            "validation_accuracy": validation[r, s].item(),
+            "chosen": r == best,
+            "test_accuracy": test[s].item() if r == best else "",
+        }
+        for r, rate in enumerate(rates)
+        for s, seed in enumerate(seeds)
+    ]
+
+
+def accuracies_of(rows: list[dict[str, Any]], task: str, name: str) -> list[float]:
+    """In per cent; one for each seed, with the chosen rate."""
+    which = [r for r in rows if r["chosen"] and (r["task"], r["network"]) == (task, name)]
+    return [100 * r["test_accuracy"] for r in which]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars, and a dot for each seed."""
+    names = list(networks("rows"))
+    figure, panels = plt.subplots(1, len(FRAMES), figsize=(11, 3.5), layout="constrained", sharey=True)
+    for axes, task in zip(panels, FRAMES, strict=True):
+        for n, name in enumerate(names):
+            values = accuracies_of(rows, task, name)
+            axes.barh(n, statistics.mean(values), alpha=0.6)
+            axes.plot(values, [n] * len(values), "k.", markersize=4)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(title=task, xlabel="test accuracy, %", xlim=(0, 100))
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Runs the program."""
+    options = parser(__doc__, quick="two seeds, two rates, 60 steps of Adam; 10 of those on pixels")
+    options.add_argument("--rates", type=float, nargs="+", default=RATES)
+    options.add_argument(
+        "--steps", type=int, nargs=2, default=list(STEPS.values()), help="of Adam, for each task"
+    )
+    options.add_argument("--batch", type=int, default=32)
+    arguments = options.parse_args()
+    if arguments.quick:
+        arguments.seeds, arguments.rates, arguments.steps = [0, 1], [1e-2, 3e-2], [60, 10]
+    steps = dict(zip(FRAMES, arguments.steps, strict=True))
+    seeds, rates = arguments.seeds, list(arguments.rates)
+    kinds = [(task, name) for task in reversed(FRAMES) for name in networks(task)]
+    jobs = [(*kind, seeds, rates, steps[kind[0]], arguments.batch) for kind in kinds]
+    total = sum(FRAMES[task] * steps[task] for task, _ in kinds) * len(seeds) * len(rates)
+    rows = [row for some in run(experiment, jobs, total, "all networks", arguments.workers) for row in some]
+    save(arguments.out / "row_digits.csv", rows)
+    draw(rows, arguments.out / "row_digits.png")
+
+    parameters = {row["network"]: str(row["parameters"]) for row in rows}
+    cells = [
+        [name, count, *(spread(accuracies_of(rows, task, name), 1) for task in FRAMES)]
+        for name, count in parameters.items()
+    ]
+    print(table(["network", "parameters", *FRAMES], cells))
+    print(f"row_digits.csv and row_digits.png are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
