@@ -32,14 +32,28 @@ class _Gated(Cell):
 
 
 class PlainConvRNNCell(_Gated):
-    """``h(t+1) = tanh(W * h(t) + V * x(t) + b)``."""
+    """``h(t+1) = tanh(W * h(t) + V * x(t) + b)``.
 
-    def __init__(self, inputs: int, channels: int, *, axes: int = 2, groups: int = 1) -> None:
+    With ``identity``, `W` starts as the identity and `b` as zero, and both are trained slowly, as what is
+    orthogonal is: what is left is the difference that orthogonality makes.
+    """
+
+    def __init__(
+        self, inputs: int, channels: int, *, axes: int = 2, groups: int = 1, identity: bool = False
+    ) -> None:
         super().__init__(inputs, channels, 1, axes, groups)
+        self.identity = identity
+        if identity:
+            nn.init.dirac_(self.recurrence.weight, groups)
+            nn.init.zeros_(self.recurrence.get_parameter("bias"))
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
         """The next state."""
         return self.arguments(x, h)[0].tanh()
+
+    def recurrent_parameters(self) -> list[nn.Parameter]:
+        """`W` and `b`, if they are to be trained slowly."""
+        return list(self.recurrence.parameters()) if self.identity else []
 
 
 class ConvLSTMCell(_Gated):

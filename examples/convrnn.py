@@ -63,19 +63,21 @@ class Sigmoid(nn.Module):
 class Cell(nn.Module):
     """One step of a recurrent net: ``cell(x, state)`` is the state after the frame ``x``.
 
-    `None` is a blank frame. Others are ``(batch, inputs, *size)``, states ``(batch, memories * channels,
-    *size)``.
+    `None` is a blank frame. Others are ``(batch, inputs, *size)``, states
+    ``(batch, memories * channels, *size)``.
     """
 
     memories = 1  # tensors of the state, one after the other; the first is what others see
+    input: nn.Module  # the convolution of frames
 
-    def __init__(self, channels: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels, self.dtype = channels, dtype or torch.get_default_dtype()
+        self.channels = channels
 
     def start(self, batch: int, size: Sequence[int]) -> Tensor:
         """The state before the first frame: zeros."""
-        return torch.zeros(batch, self.memories * self.channels, *size, dtype=self.dtype)
+        weight = self.input.get_parameter("weight")
+        return weight.new_zeros(batch, self.memories * self.channels, *size)
 
     def output(self, state: Tensor) -> Tensor:
         """What others see of a state, ``(batch, channels, *size)``."""
@@ -96,9 +98,8 @@ class ConvRNNCell(Cell):
         phi: ``"modrelu"``, ``"sigmoid"`` or ``"identity"``.
         dtype: of the state, by default torch's; a complex one makes `U` unitary.
         bias: whether a constant for each channel is added before `phi`.
-        spread: standard deviation of the initial values of the generator, whose exponential `U` is: near
-        0, `U`
-            is near the identity. By default they are torch's own of a convolution.
+        spread: standard deviation of the generator's initial values (`U` is its exponential: near 0, it is
+            near the identity); by default they are torch's own of a convolution.
         groups: of the channels: that many independent networks, side by side.
     """
 
@@ -114,9 +115,10 @@ class ConvRNNCell(Cell):
         spread: float | None = None,
         groups: int = 1,
     ) -> None:
-        super().__init__(channels, dtype)
+        super().__init__(channels)
+        dtype = dtype or torch.get_default_dtype()
         kinds: dict[str, Callable[[], nn.Module]] = {
-            "modrelu": lambda: ModReLU(channels, axes, self.dtype.to_real()),
+            "modrelu": lambda: ModReLU(channels, axes, dtype.to_real()),
             "sigmoid": Sigmoid,
             "identity": nn.Identity,
         }

@@ -4,12 +4,12 @@ import argparse
 import csv
 import multiprocessing
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from convrnn import Recurrent
 from sklearn.datasets import load_digits
@@ -19,16 +19,40 @@ from tqdm import tqdm
 TRAINING_DIGITS = 1500  # of 1797; the others are for testing
 
 
-def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
-    """The options of all experiments; ``quick`` says what the quick setting is."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines, and tells defaults."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of all experiments."""
+    result = argparse.ArgumentParser(description=description, formatter_class=_Format)
     result.add_argument("--out", type=Path, default=Path("."), help="folder of the CSV and PNG files")
-    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    result.add_argument("--quick", action="store_true", help=quick)
-    result.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
+    workers = "processes of one thread, and up to 3 GB, each"
+    result.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 4), help=workers)
     return result
+
+
+def positive(text: str) -> int:
+    """An option's value."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be positive. Found {text}")
+    return int(text)
+
+
+def parse(options: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """What the user says; where nothing is said, the quick setting if that is asked for, or the default."""
+    words = " ".join(
+        f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in quick.items()
+    )
+    options.add_argument(
+        "--quick", action="store_true", help=f"small defaults, to see that it runs: {words}"
+    )
+    if options.parse_known_args()[0].quick:
+        options.set_defaults(**quick)
+    arguments = options.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return arguments
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,10 +61,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, of one value 0."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and standard deviation, as text."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -90,7 +119,6 @@ def run(
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A CSV file with the rows' keys as its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -163,6 +191,7 @@ def fit(
         ):  # Adam's step is proportional to the rate, which differs from member to member
             for p, old in zip(parameters, before, strict=True):
                 change = (p - old).unflatten(0, (len(rates), -1))
+                change = torch.where(change.isfinite(), change, 0)  # who diverges must not stop the others
                 p.copy_(old + (rates.view(-1, *(1,) * p.ndim) * change).flatten(0, 1))
         losses[step] = losses_now.detach()
         tick(cost)

@@ -2,8 +2,8 @@
 
 The networks of `long_memory.py` see a digit, then T blank frames, and give it back. Drawn is the norm of
 the gradient of their squared error with respect to the state after each frame, relative to that after the
-last, untrained and trained. In an orthogonal network it stays what it is; in others it decays, or
-explodes, geometrically.
+last, untrained and trained. In an orthogonal network it stays what it is, but for what phi does; in
+others it decays, or explodes, geometrically.
 
     python examples/gradient_flow.py --out DIR
 
@@ -12,7 +12,7 @@ ratios of the first norm to the last, for each seed. They are trained with one l
 many steps as there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from convrnn import Recurrent
-from experiment import TRAINING_DIGITS, digits, parser, population, run, save, table
-from long_memory import STEPS, frames, networks, train
+from experiment import TRAINING_DIGITS, digits, parse, parser, population, positive, run, save, table
+from long_memory import STEPS, frames, train
+from long_memory import networks as networks_of_recall
 from torch import Tensor
 
 RATE = 1e-2
 IMAGES = 16  # over which the error is taken
+
+
+def networks(delay: int) -> dict[str, Callable[[int], Recurrent]]:
+    """Those of recall, and ours without a phi."""
+    linear = networks_of_recall(delay, phi="identity")["orthogonal ConvRNN"]
+    return {"orthogonal ConvRNN, no phi": linear, **networks_of_recall(delay)}
 
 
 def gradient_norms(network: Recurrent, members: int, delay: int) -> Tensor:
@@ -58,7 +65,7 @@ def experiment(name: str, delay: int, seeds: Sequence[int], steps: int) -> dict[
     """The norms before training, and after."""
     torch.set_default_dtype(torch.float32)
     untrained = population(networks(delay)[name], seeds)
-    trained, _ = train(name, delay, list(seeds), [RATE], steps)
+    trained, _ = train(networks(delay)[name], delay, list(seeds), [RATE], steps)
     return {
         is_trained: gradient_norms(in_double_precision(name, delay, network, len(seeds)), len(seeds), delay)
         for is_trained, network in ((False, untrained), (True, trained))
@@ -84,14 +91,15 @@ def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
 
 def main() -> None:
     """Runs the program."""
-    options = parser(__doc__, quick="a delay of 50, two seeds, 10 steps of Adam")
-    options.add_argument("--delay", type=int, default=1000)
-    options.add_argument("--steps", type=int, default=STEPS[1000], help="of Adam")
-    arguments = options.parse_args()
-    if arguments.quick:
-        arguments.delay, arguments.seeds, arguments.steps = 50, [0, 1], 10
+    options = parser(__doc__)
+    options.add_argument("--delay", type=positive, default=1000, help="T")
+    options.add_argument(
+        "--steps", type=positive, help=f"of Adam; by default {STEPS} by delay, for others 20"
+    )
+    arguments = parse(options, delay=50, seeds=[0, 1], steps=10)
 
-    delay, seeds, steps = arguments.delay, arguments.seeds, arguments.steps
+    delay, seeds = arguments.delay, arguments.seeds
+    steps = arguments.steps or STEPS.get(delay, 20)
     names = list(networks(delay))
     jobs = [(name, delay, seeds, steps) for name in names]
     results = run(experiment, jobs, len(jobs) * delay * steps * len(seeds), "training", arguments.workers)

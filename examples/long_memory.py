@@ -12,7 +12,6 @@ writes recall.csv (a row for each network, delay, rate and seed) and recall.png,
 and standard deviation over the seeds.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,12 @@ from experiment import (
     TRAINING_DIGITS,
     digits,
     fit,
+    mean_and_deviation,
     members,
+    parse,
     parser,
     population,
+    positive,
     run,
     save,
     size_of,
@@ -53,21 +55,22 @@ def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: A
     return Recurrent(cell(groups, channels, groups=groups, **options), read)
 
 
-def networks(delay: int) -> dict[str, Callable[[int], Recurrent]]:
+def networks(delay: int, phi: str = "modrelu") -> dict[str, Callable[[int], Recurrent]]:
     """How each is made, of a number of groups; with about as many parameters each.
 
-    Real and complex state, and a linear one; the second ConvLSTM knows how long the delay is.
+    The second ConvLSTM starts knowing how long the delay is, the second plain ConvRNN from what does
+    nothing, as ours nearly do.
     """
     complex_dtype = torch.get_default_dtype().to_complex()
-    ours = partial(_network, ConvRNNCell, spread=SPREAD)
+    ours = partial(_network, ConvRNNCell, spread=SPREAD, phi=phi)
     return {
         "orthogonal ConvRNN": partial(ours, 12),
         "unitary ConvRNN": partial(ours, 8, dtype=complex_dtype),
-        "linear orthogonal ConvRNN": partial(ours, 12, phi="identity"),
         "ConvLSTM": partial(_network, ConvLSTMCell, 6),
         "ConvLSTM (chrono)": partial(_network, ConvLSTMCell, 6, delay=delay),
         "ConvGRU": partial(_network, ConvGRUCell, 7),
         "plain ConvRNN": partial(_network, PlainConvRNNCell, 12),
+        "plain ConvRNN (identity)": partial(_network, PlainConvRNNCell, 12, identity=True),
     }
 
 
@@ -81,7 +84,7 @@ def frames(
 
 
 def train(
-    name: str,
+    make: Callable[[int], Recurrent],
     delay: int,
     seeds: list[int],
     rates: list[float],
@@ -92,13 +95,14 @@ def train(
     """One network of all seeds with all rates, rate by rate; and their losses, ``(steps, members)``."""
     images, _ = digits()
     every_seed = seeds * len(rates)
-    network = population(networks(delay)[name], every_seed)
+    network = population(make, every_seed)
     randoms = [torch.Generator().manual_seed(seed) for seed in every_seed]
+    noises = torch.Generator().manual_seed(seeds[0])
 
     def loss(network: Recurrent) -> Tensor:
         batches = [torch.randint(TRAINING_DIGITS, (batch,), generator=r) for r in randoms]
         shown = images[torch.stack(batches, 1)]
-        return (network(frames(shown, delay, noise, randoms[0])) - shown).square().mean((0, 2, 3))
+        return (network(frames(shown, delay, noise, noises)) - shown).square().mean((0, 2, 3))
 
     each = torch.tensor(rates).repeat_interleave(len(seeds))
     # A change of the recurrence's angles grows with the number of steps
@@ -110,11 +114,12 @@ def experiment(
     name: str, delay: int, seeds: list[int], rates: list[float], steps: int, batch: int, noise: float
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """The rows of the CSV file, and some digits as the first seed's network gives them back."""
-    network, losses = train(name, delay, seeds, rates, steps, batch, noise)
+    make = networks(delay)[name]
+    network, losses = train(make, delay, seeds, rates, steps, batch, noise)
     last = losses[-max(1, steps // 10) :].mean(0).view(len(rates), -1)
     best = int(last.mean(1).nan_to_num(torch.inf).argmin())
     chosen = torch.arange(best * len(seeds), (best + 1) * len(seeds))
-    network = members(networks(delay)[name], network, chosen, losses.shape[1])
+    network = members(make, network, chosen, losses.shape[1])
     images, _ = digits()
     shown = images[TRAINING_DIGITS:, None].expand(-1, len(seeds), -1, -1)
     with torch.no_grad():
@@ -155,10 +160,8 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name in names:
         errors = [errors_of(rows, name, delay) for delay in delays]
-        spreads = [statistics.stdev(e) if len(e) > 1 else 0.0 for e in errors]
-        left.errorbar(
-            delays, [statistics.mean(e) for e in errors], spreads, marker="o", capsize=3, label=name
-        )
+        middle, deviation = zip(*(mean_and_deviation(e) for e in errors), strict=True)
+        left.errorbar(delays, middle, deviation, marker="o", capsize=3, label=name)
     mean = (shown - images[:TRAINING_DIGITS].mean()).square().mean().item()
     left.axhline(mean, color="gray", linestyle=":", label="the mean of all pixels")
     left.set(xlabel="blank or noisy frames", ylabel="mean squared error", xscale="log", yscale="log")
@@ -174,22 +177,17 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
 
 def main() -> None:
     """Runs the program."""
-    options = parser(__doc__, quick="delays of 10 and 20, two seeds, two rates, 20 steps of Adam")
-    options.add_argument("--delays", type=int, nargs="+", default=[100, 500, 1000])
+    options = parser(__doc__)
+    options.add_argument("--delays", type=positive, nargs="+", default=[100, 500, 1000])
     options.add_argument("--rates", type=float, nargs="+", default=RATES)
-    options.add_argument("--steps", type=int, help=f"of Adam (default: {STEPS}, by delay; others 20)")
-    options.add_argument("--batch", type=int, default=BATCH)
+    options.add_argument(
+        "--steps", type=positive, help=f"of Adam; by default {STEPS} by delay, for others 20"
+    )
+    options.add_argument("--batch", type=positive, default=BATCH)
     options.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation in the frames that follow"
     )
-    arguments = options.parse_args()
-    if arguments.quick:
-        arguments.delays, arguments.seeds, arguments.rates, arguments.steps = (
-            [10, 20],
-            [0, 1],
-            [1e-2, 3e-2],
-            20,
-        )
+    arguments = parse(options, delays=[10, 20], seeds=[0, 1], rates=[1e-2, 3e-2], steps=20)
 
     kinds = [(name, delay) for delay in sorted(arguments.delays, reverse=True) for name in networks(delay)]
     seeds, rates = arguments.seeds, list(arguments.rates)

@@ -116,6 +116,7 @@ CELLS = {
     "LSTM": ConvLSTMCell,
     "chrono": partial(ConvLSTMCell, delay=50),
     "GRU": ConvGRUCell,
+    "identity": partial(PlainConvRNNCell, identity=True),
 }
 
 
@@ -193,6 +194,49 @@ def test_chrono_initialisation_remembers_for_as_long_as_the_delay():
     assert 95 < times.max() <= 100
 
 
+def test_a_plain_net_may_start_from_the_identity():
+    cell = PlainConvRNNCell(2, 6, groups=2, identity=True)
+    h = torch.randn(2, 6, 4, 5)
+    torch.testing.assert_close(cell(None, h), h.tanh())
+
+
+def test_a_member_that_diverges_leaves_the_others_alone():
+    make = partial(made_of, "plain")
+    x = torch.randn(4, 2, 4, 4)
+    rates = torch.tensor([0.01, 0.01])
+
+    def train(scale):
+        network = experiment.population(make, [3, 4])
+        losses = experiment.fit(network, lambda n: (scale * n([x]) - x).square().mean((0, 2, 3)), 3, rates)
+        return network, losses
+
+    (network, losses), (_, expected) = train(torch.tensor([1.0, torch.inf])[:, None, None]), train(1)
+    torch.testing.assert_close(losses[:, 0], expected[:, 0])
+    assert not losses[:, 1].isfinite().any()
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+def test_the_quick_setting_is_a_default(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["name", "--quick", "--seeds", "5", "--out", str(tmp_path / "new")])
+    options = experiment.parser("")
+    options.add_argument("--steps", type=experiment.positive, default=100)
+    arguments = experiment.parse(options, seeds=[0, 1], steps=3)
+    assert (arguments.seeds, arguments.steps) == ([5], 3)
+    assert arguments.out.is_dir()
+    monkeypatch.setattr("sys.argv", ["name", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        experiment.parse(experiment.parser(""))
+
+
+def test_exp_rnn_populations():
+    make = row_digits.networks("rows")["expRNN, dense"]
+    together = experiment.population(make, [3, 4])
+    torch.manual_seed(4)
+    x = torch.randn(2, 2, 8)
+    torch.manual_seed(4)
+    torch.testing.assert_close(together([x, x])[:, 10:], make(1)([x[:, 1:], x[:, 1:]]))
+
+
 def test_exp_rnn_is_orthogonal():
     torch.manual_seed(0)
     cell = ExpRNNCell(2 * 3, 2 * 4, groups=2)
@@ -237,8 +281,8 @@ def test_frames_of_rows_and_pixels():
 
 def test_gradients_neither_vanish_nor_explode_over_1000_steps(monkeypatch):
     monkeypatch.setattr(gradient_flow, "IMAGES", 1)
-    for name, bounds in (("linear orthogonal ConvRNN", (0.999, 1.001)), ("orthogonal ConvRNN", (0.5, 2))):
-        network = experiment.population(long_memory.networks(1000)[name], [0, 1])
+    for name, bounds in (("orthogonal ConvRNN, no phi", (0.999, 1.001)), ("orthogonal ConvRNN", (0.5, 2))):
+        network = experiment.population(gradient_flow.networks(1000)[name], [0, 1])
         norms = gradient_flow.gradient_norms(network, 2, 1000)
         assert norms.shape == (2, 1001)
         assert bounds[0] < norms[:, 0].min() <= norms[:, 0].max() < bounds[1]
