@@ -49,7 +49,7 @@ LAWS = {
     "response": Law("amplitude of the drive", "amplitude", 1 / 3, 2 ** (1 / 3)),
     "decay": Law("step", "amplitude", -1 / 2, 1),
     "relaxation": Law("amplitude", "rate of relaxation", 2, 3 / 2),
-    "relaxation of another wave": Law("amplitude", "rate of relaxation", 2, 1),
+    "another wave": Law("amplitude", "rate of relaxation", 2, 1),
 }
 
 
@@ -144,11 +144,11 @@ def draw(x: dict[str, list[float]], y: dict[str, list[float]], path: Path) -> No
     for n, (name, law) in enumerate(LAWS.items()):
         axes = panels[min(n, 2)]
         predicted = [law.factor * value**law.exponent for value in x[name]]
-        line = axes.loglog(x[name], predicted, linewidth=1, label=f"predicted: {law.exponent:.4f}")[0]
-        label = f"{name}: {exponent(x[name], y[name]):.4f}"
+        line = axes.loglog(x[name], predicted, linewidth=1)[0]
+        label = f"{name}: {exponent(x[name], y[name]):.4f}, predicted {law.exponent:.4f}"
         axes.loglog(x[name], y[name], "o", markersize=4, color=line.get_color(), label=label)
         axes.set(xlabel=law.x_name, ylabel=law.y_name)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, loc="upper right" if law.exponent < 0 else "lower right")
     figure.savefig(path, dpi=80)
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     steps = {1: 4_000, 2: 20_000, 3: 100_000}[decades]
     x = {name: np.logspace(*ends, arguments.points).tolist() for name, ends in ranges.items()}
     x["decay"] = sorted({float(round(t)) for t in x["decay"]})
-    x["relaxation of another wave"] = x["relaxation"]
+    x["another wave"] = x["relaxation"]
 
     jobs = [(arguments.size, seed, x, steps) for seed in arguments.seeds]
     slowest = min(steps // 5, round(min(x["relaxation"]) ** -2))

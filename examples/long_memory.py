@@ -158,20 +158,21 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
     images, _ = digits()
     shown = images[TRAINING_DIGITS:]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in names:
-        errors = [errors_of(rows, name, delay) for delay in delays]
-        middle, deviation = zip(*(mean_and_deviation(e) for e in errors), strict=True)
-        left.errorbar(delays, middle, deviation, marker="o", capsize=3, label=name)
-    mean = (shown - images[:TRAINING_DIGITS].mean()).square().mean().item()
-    left.axhline(mean, color="gray", linestyle=":", label="the mean of all pixels")
-    left.set(xlabel="blank or noisy frames", ylabel="mean squared error", xscale="log", yscale="log")
-    left.set_xticks(delays, [str(delay) for delay in delays])
-    left.minorticks_off()
-    left.legend(fontsize=8)
     strips = [shown[:8], *(recalled[name, delays[-1]] for name in names)]
     right.imshow(torch.cat([torch.cat(list(strip), 1) for strip in strips]), cmap="gray", vmin=0, vmax=1)
     right.set_yticks([8 * n + 3.5 for n in range(len(strips))], ["shown", *names])
     right.set(xticks=[], title=f"recalled after {delays[-1]} frames")
+    for name, label in zip(names, right.get_yticklabels()[1:], strict=True):  # the legend of both
+        errors = [errors_of(rows, name, delay) for delay in delays]
+        middle, deviation = zip(*(mean_and_deviation(e) for e in errors), strict=True)
+        line = left.errorbar(delays, middle, deviation, marker="o", capsize=3)
+        label.set_color(line.lines[0].get_color())
+    mean = (shown - images[:TRAINING_DIGITS].mean()).square().mean().item()
+    left.axhline(mean, color="gray", linestyle=":")
+    left.annotate("the mean of all pixels", (delays[0], 1.1 * mean), color="gray", fontsize=8)
+    left.set(xlabel="blank or noisy frames", ylabel="mean squared error", xscale="log", yscale="log")
+    left.set_xticks(delays, [str(delay) for delay in delays])
+    left.minorticks_off()
     figure.savefig(path, dpi=80)
 
 
