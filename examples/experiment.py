@@ -186,9 +186,8 @@ def fit(
         before = [p.detach().clone() for p in parameters]
         optimizer.step()
         schedule.step()
-        with (
-            torch.no_grad()
-        ):  # Adam's step is proportional to the rate, which differs from member to member
+        with torch.no_grad():
+            # Adam's step is proportional to the rate, which differs from member to member
             for p, old in zip(parameters, before, strict=True):
                 change = (p - old).unflatten(0, (len(rates), -1))
                 change = torch.where(change.isfinite(), change, 0)  # who diverges must not stop the others
@@ -196,6 +195,38 @@ def fit(
         losses[step] = losses_now.detach()
         tick(cost)
     return losses
+
+
+def best_members(
+    make: Callable[[int], Recurrent], network: Recurrent, rates: Sequence[float], costs: Tensor
+) -> tuple[Recurrent, int]:
+    """Of a network of all seeds, rate by rate: those of the rate of least mean cost, and which it is."""
+    best = int(costs.view(len(rates), -1).mean(1).nan_to_num(torch.inf).argmin())
+    which = torch.arange(len(costs)).view(len(rates), -1)[best]
+    return members(make, network, which, len(costs)), best
+
+
+def rows_of(
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    best: int,
+    every: tuple[str, Tensor],
+    chosen: tuple[str, Tensor],
+    **same: Any,
+) -> list[dict[str, Any]]:
+    """A row for each rate and seed, with a named number of every one, and one of those of the best rate."""
+    numbers, results = every[1].view(len(rates), -1).tolist(), chosen[1].tolist()
+    return [
+        {**same, "rate": rate, "seed": seed, every[0]: numbers[r][s], "chosen": r == best}
+        | {chosen[0]: results[s] if r == best else ""}
+        for r, rate in enumerate(rates)
+        for s, seed in enumerate(seeds)
+    ]
+
+
+def results_of(rows: Sequence[dict[str, Any]], name: str, **same: Any) -> list[float]:
+    """The chosen ones' numbers, of the rows that have these values: one for each seed."""
+    return [r[name] for r in rows if r["chosen"] and all(r[k] == v for k, v in same.items())]
 
 
 def size_of(network: Recurrent) -> int:

@@ -26,14 +26,16 @@ from baselines import ConvGRUCell, ConvLSTMCell, PlainConvRNNCell
 from convrnn import Cell, ConvRNNCell, Recurrent, convolution
 from experiment import (
     TRAINING_DIGITS,
+    best_members,
     digits,
     fit,
     mean_and_deviation,
-    members,
     parse,
     parser,
     population,
     positive,
+    results_of,
+    rows_of,
     run,
     save,
     size_of,
@@ -116,39 +118,17 @@ def experiment(
     """The rows of the CSV file, and some digits as the first seed's network gives them back."""
     make = networks(delay)[name]
     network, losses = train(make, delay, seeds, rates, steps, batch, noise)
-    last = losses[-max(1, steps // 10) :].mean(0).view(len(rates), -1)
-    best = int(last.mean(1).nan_to_num(torch.inf).argmin())
-    chosen = torch.arange(best * len(seeds), (best + 1) * len(seeds))
-    network = members(make, network, chosen, losses.shape[1])
+    last = losses[-max(1, steps // 10) :].mean(0)
+    network, best = best_members(make, network, rates, last)
     images, _ = digits()
     shown = images[TRAINING_DIGITS:, None].expand(-1, len(seeds), -1, -1)
     with torch.no_grad():
         recalled = network(frames(shown, delay, noise, torch.Generator().manual_seed(0)))
     errors = (recalled - shown).square().mean((0, 2, 3))
-    parameters = size_of(network) // len(seeds)
-    rows = [
-        {
-            "network": name,
-            "parameters": parameters,
-            "delay": delay,
-            "noise": noise,
-            "steps": steps,
-            "rate": rate,
-            "seed": seed,
-            "training_loss": last[r, s].item(),
-            "chosen": r == best,
-            "test_error": errors[s].item() if r == best else "",
-        }
-        for r, rate in enumerate(rates)
-        for s, seed in enumerate(seeds)
-    ]
+    same = {"network": name, "parameters": size_of(network) // len(seeds), "delay": delay}
+    same |= {"noise": noise, "steps": steps}
+    rows = rows_of(seeds, rates, best, ("training_loss", last), ("test_error", errors), **same)
     return rows, recalled[:8, 0]
-
-
-def errors_of(rows: list[dict[str, Any]], name: str, delay: int) -> list[float]:
-    """One for each seed, with the chosen rate."""
-    which = [r for r in rows if r["chosen"] and (r["network"], r["delay"]) == (name, delay)]
-    return [r["test_error"] for r in which]
 
 
 def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], path: Path) -> None:
@@ -163,7 +143,7 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
     right.set_yticks([8 * n + 3.5 for n in range(len(strips))], ["shown", *names])
     right.set(xticks=[], title=f"recalled after {delays[-1]} frames")
     for name, label in zip(names, right.get_yticklabels()[1:], strict=True):  # the legend of both
-        errors = [errors_of(rows, name, delay) for delay in delays]
+        errors = [results_of(rows, "test_error", network=name, delay=delay) for delay in delays]
         middle, deviation = zip(*(mean_and_deviation(e) for e in errors), strict=True)
         line = left.errorbar(delays, middle, deviation, marker="o", capsize=3)
         label.set_color(line.lines[0].get_color())
@@ -203,7 +183,11 @@ def main() -> None:
     parameters = {row["network"]: str(row["parameters"]) for row in rows}
     delays = sorted(arguments.delays)
     cells = [
-        [name, count, *(spread(errors_of(rows, name, delay), 4) for delay in delays)]
+        [
+            name,
+            count,
+            *(spread(results_of(rows, "test_error", network=name, delay=delay), 4) for delay in delays),
+        ]
         for name, count in parameters.items()
     ]
     print(table(["network", "parameters", *(f"T = {delay}" for delay in delays)], cells))

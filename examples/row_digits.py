@@ -30,13 +30,15 @@ from baselines import ConvGRUCell, ConvLSTMCell, ExpRNNCell, PlainConvRNNCell
 from convrnn import Cell, ConvRNNCell, Recurrent
 from experiment import (
     TRAINING_DIGITS,
+    best_members,
     digits,
     fit,
-    members,
     parse,
     parser,
     population,
     positive,
+    results_of,
+    rows_of,
     run,
     save,
     size_of,
@@ -126,33 +128,16 @@ def experiment(
     each = torch.tensor(rates).repeat_interleave(len(seeds))
     cost = FRAMES[task] * len(every_seed)
     fit(network, loss, steps, each, recurrent=8 / FRAMES[task], cost=cost)
-    validation = accuracy(network, slice(training, TRAINING_DIGITS), len(every_seed)).view(len(rates), -1)
-    best = int(validation.mean(1).argmax())
-    chosen = torch.arange(best * len(seeds), (best + 1) * len(seeds))
-    network = members(make, network, chosen, len(every_seed))
+    validation = accuracy(network, slice(training, TRAINING_DIGITS), len(every_seed))
+    network, best = best_members(make, network, rates, -validation)
     test = accuracy(network, slice(TRAINING_DIGITS, None), len(seeds))
-    parameters = size_of(network) // len(seeds)
-    return [
-        {
-            "task": task,
-            "network": name,
-            "parameters": parameters,
-            "steps": steps,
-            "rate": rate,
-            "seed": seed,
-            "validation_accuracy": validation[r, s].item(),
-            "chosen": r == best,
-            "test_accuracy": test[s].item() if r == best else "",
-        }
-        for r, rate in enumerate(rates)
-        for s, seed in enumerate(seeds)
-    ]
+    same = {"task": task, "network": name, "parameters": size_of(network) // len(seeds), "steps": steps}
+    return rows_of(seeds, rates, best, ("validation_accuracy", validation), ("test_accuracy", test), **same)
 
 
 def accuracies_of(rows: list[dict[str, Any]], task: str, name: str) -> list[float]:
-    """In per cent; one for each seed, with the chosen rate."""
-    which = [r for r in rows if r["chosen"] and (r["task"], r["network"]) == (task, name)]
-    return [100 * r["test_accuracy"] for r in which]
+    """In per cent."""
+    return [100 * value for value in results_of(rows, "test_accuracy", task=task, network=name)]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
