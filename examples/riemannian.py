@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from orthoconv_param import ConvExponential, functional
 from orthoconv_param.manifold import OrthogonalKernels
-from orthoconv_param.trivializations import RETRACTIONS
+from orthoconv_param.matrices.maps import RETRACTIONS
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -2,22 +2,23 @@
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import functional
-from .conversion import orthogonal
-from .diagnostics import (
-    orthogonality_defect,
-    plot_gradient_norms,
-    plot_spectrum,
-    report,
-    singular_values,
-)
-from .exponential import expm_skew
-from .parametrization import ConvExponential, generators
-from .retrofit import retrofit, set_orthogonality
+from .convert import orthogonal
+from .diagnostics.plots import plot_gradient_norms, plot_spectrum
+from .diagnostics.report import report
+from .diagnostics.values import orthogonality_defect, singular_values
+from .matrices.expm import expm_skew
+from .models import generators
+from .parametrizations.exponential import ConvExponential
+from .retrofitting import retrofit, set_orthogonality
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ConvExponential",
+    "__version__",
     "expm_skew",
     "functional",
     "generators",
@@ -31,9 +32,12 @@ __all__ = [
     "singular_values",
 ]
 
+if TYPE_CHECKING:
+    from . import manifold as manifold
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    """`manifold`, once it is used: it needs geoopt, whose import takes half a second."""
-    if name == "manifold":
-        return import_module(".manifold", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        """Import `manifold` once it is used: it needs geoopt, whose import takes half a second."""
+        if name == "manifold":
+            return import_module(".manifold", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,11 @@ import torch
 from geotorch.exceptions import InManifoldError
 from torch import Tensor
 
-from . import exponential, spectral
-from .lattice import Lattice, Placement, Size, count, per_axis
+from .checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
+from .matrices import products, unitary
+from .torus import circular
+from .torus.lattice import Lattice
+from .torus.placement import Placement
 
 __all__ = [
     "adjoint",
@@ -88,10 +91,10 @@ def conv_log(
     """
 
     def log(spectrum: Tensor, lattice: Lattice) -> Tensor:
-        if not semi_orthogonal(spectrum, 1e-4):
+        if not unitary.semi_orthogonal(spectrum, 1e-4):
             raise InManifoldError(kernel, f"the orthogonal convolutions on {lattice.domain}")
         try:
-            return lattice.choose(exponential.log_unitary, spectrum)
+            return lattice.choose(unitary.log_unitary, spectrum)
         except ValueError as error:
             raise InManifoldError(kernel, f"the image of exp: {error}") from error
 
@@ -109,7 +112,7 @@ def skew(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -
     Returns:
         ``(channels, channels/groups, *domain)``, with ``adjoint(skew(k)) = -skew(k)``.
     """
-    return _apply(exponential.skew, kernel, domain, 1, groups, square=True)
+    return _apply(products.skew, kernel, domain, 1, groups, square=True)
 
 
 def adjoint(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
@@ -215,10 +218,16 @@ def nearest_orthogonal(
         >>> functional.nearest_orthogonal(w, domain=16).shape
         torch.Size([4, 4, 16, 16])
     """
-    exponential.check_dtype("kernel", kernel)
-    if not bool(torch.isfinite(kernel).all()):
-        raise ValueError("kernel should be finite. Found nan or inf")
-    return _apply(polar, kernel, domain, stride, groups, with_lattice=True)
+    check_dtype("kernel", kernel)
+    check_finite("kernel", kernel)
+    return _apply(
+        lambda spectrum, lattice: lattice.choose(unitary.polar, spectrum),
+        kernel,
+        domain,
+        stride,
+        groups,
+        with_lattice=True,
+    )
 
 
 def spectral_conv(
@@ -266,11 +275,11 @@ def spectral_conv(
         >>> torch.allclose(functional.spectral_conv(x, w), y, atol=1e-4)
         True
     """
-    exponential.check_dtype("kernel", kernel)
+    check_dtype("kernel", kernel)
     axes, dtype = kernel.ndim - 2, kernel.dtype
     strides, dilations = per_axis("stride", stride, axes), per_axis("dilation", dilation, axes)
     channels = kernel.shape[0] if transposed else kernel.shape[1] * count("groups", groups)
-    exponential.check_dtype("x", x)
+    check_dtype("x", x)
     if x.ndim != axes + 2 or x.shape[1] != channels or x.dtype != kernel.dtype:
         raise ValueError(
             f"x should have {channels} channels, {axes} axes of space and dtype {kernel.dtype}. "
@@ -278,10 +287,9 @@ def spectral_conv(
         )
     domain = tuple(n * s if transposed else n for n, s in zip(x.shape[2:], strides, strict=True))
     lattice = Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, strides, groups, folds=True)
-    if kernel.dtype not in exponential.FLOATS:
-        x, kernel = x.float(), kernel.float()
+    x, kernel = at_least_single(x), at_least_single(kernel)
     spectrum = lattice.spectrum(kernel, Placement.centred(tuple(kernel.shape[2:]), dilations))
-    return spectral.spectral_conv(x, spectrum, lattice, transposed).to(dtype)
+    return circular.spectral_conv(x, spectrum, lattice, transposed).to(dtype)
 
 
 def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slice, slice]]:
@@ -314,21 +322,8 @@ def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slic
     return [(slice(gate * hidden, (gate + 1) * hidden), across) for gate in range(gates)]
 
 
-def polar(spectrum: Tensor, lattice: Lattice) -> Tensor:
-    """The polar factor at each frequency, one choice for each pair of them."""
-    rows, columns = spectrum.shape[-2:]
-    return lattice.choose(exponential.polar_frame, spectrum)[..., :rows, :columns]
-
-
-def semi_orthogonal(spectrum: Tensor, eps: float) -> bool:
-    """Whether ``X^H X = I``, or ``X X^H = I`` for wide matrices, to ``eps`` in each entry."""
-    gram = spectrum.mH @ spectrum if spectrum.shape[-2] >= spectrum.shape[-1] else spectrum @ spectrum.mH
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return bool(((gram - eye).abs() <= eps).all())
-
-
 def _lattice(kernel: Tensor, domain: int | Size | None, stride: int | Size, groups: int) -> Lattice:
-    exponential.check_dtype("kernel", kernel)
+    check_dtype("kernel", kernel)
     if domain is not None and not isinstance(domain, (int, tuple, list)):
         raise TypeError(f"domain should be None, an integer or a tuple of them. Found {domain!r}")
     count("groups", groups)
@@ -352,7 +347,6 @@ def _apply(
             f"kernel should take as many channels, times the stride's phases, as it gives, in each group. "
             f"Found {columns} and {rows}"
         )
-    precise = kernel if kernel.dtype in exponential.FLOATS else kernel.float()
-    spectrum = lattice.spectrum(precise)
+    spectrum = lattice.spectrum(at_least_single(kernel))
     result = function(spectrum, lattice) if with_lattice else function(spectrum)
     return lattice.kernel(result).to(kernel.dtype)

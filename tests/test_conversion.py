@@ -7,12 +7,15 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
+from models import evaluated
 from oracles import defect, dense, operator, periodic, random, skew
 from torch import nn
 from torch.nn.utils import parametrize
 
 from orthoconv_param import ConvExponential, generators, orthogonal, orthogonality_defect
-from orthoconv_param.lattice import Lattice
+from orthoconv_param.operators import evaluate
+from orthoconv_param.parametrizations import plan
+from orthoconv_param.torus.lattice import Lattice
 
 close = torch.testing.assert_close
 
@@ -242,7 +245,7 @@ def test_the_whole_grid(part):
         ((3, 2, 1), {}, (3, 4, 3)),
     ],
 )
-def test_the_operator_is_the_exponential_of_what_it_was(kernel, geometry, domain, dtype):
+def test_the_operator_is_the_exponential_of_what_it_was(kernel, geometry, domain, dtype, monkeypatch):
     conv = make(kernel, cin=2, out=2, dtype=dtype, **geometry)
     spans = [r * (k - 1) for k, r in zip(kernel, conv.dilation, strict=True)]
     plain = dense(
@@ -253,7 +256,7 @@ def test_the_operator_is_the_exponential_of_what_it_was(kernel, geometry, domain
     module = orthogonal(conv)
     close(operator(module, domain).double(), exact, atol=TOLERANCE[dtype], rtol=0)
     # whichever way it is evaluated
-    module._is_direct = lambda *arguments: True
+    evaluated(monkeypatch, "direct")
     close(operator(module, domain).double(), exact, atol=TOLERANCE[dtype], rtol=0)
 
 
@@ -307,10 +310,10 @@ def test_zero_boundary_does_not_expand(where, transposed, dtype, stride):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("direct", [False, True])
-def test_zero_boundary_on_every_domain_is_zero_padding(stride, direct):
+@pytest.mark.parametrize("way", ["spectral", "direct"])
+def test_zero_boundary_on_every_domain_is_zero_padding(stride, way, monkeypatch):
+    evaluated(monkeypatch, way)
     module = orthogonal(make((3, 3), 3, 5, stride=stride, dtype=torch.float32), boundary="zeros")
-    module._is_direct = lambda *arguments: direct
     for size in ((30, 36), (6, 12), (3, 6), (6, 60)):
         x = torch.randn(2, 3, *(stride * n for n in size))
         W, b = module.weight, module.bias
@@ -318,7 +321,6 @@ def test_zero_boundary_on_every_domain_is_zero_padding(stride, direct):
         close(module(x), F.conv2d(x, W, b, stride, padding), atol=1e-5, rtol=0)
     twin = make((3, 3), 3, 5, stride=stride, transposed=True, dtype=torch.float32)
     module = orthogonal(twin, boundary="zeros")
-    module._is_direct = lambda *arguments: direct
     x, W = torch.randn(2, 3, 7, 4), module.weight
     y = F.conv_transpose2d(x, W, module.bias, stride, W.shape[-1] // 2, stride - 1)
     close(module(x), y, atol=1e-5, rtol=0)
@@ -377,17 +379,23 @@ def test_what_is_refused_does_not_exist(cin, out, stride, dilation):
         orthogonal(conv)
 
 
-def test_the_way_of_evaluation_is_chosen_by_cost():
-    chosen = {}
+def test_the_way_of_evaluation_is_chosen_by_cost(monkeypatch):
+    chosen, ways = {}, []
+
+    def record(way):
+        return lambda state, x: ways.append(way) or x
+
     for kernel, side in ((1, 32), (3, 8), (3, 64)):
         module = orthogonal(make((kernel, kernel), 16, 16, dtype=torch.float32))
-        chosen[kernel, side] = module._is_direct((side, side), 8)
-        ways = []
-        module._direct = lambda x, domain, ways=ways: ways.append("direct") or x
-        module._spectral = lambda x, domain, ways=ways: ways.append("spectral") or x
+        chosen[kernel, side] = evaluate.choose(module.operator, (side, side), 8).name
+        ways.clear()
+        for evaluator in evaluate.EVALUATORS:
+            monkeypatch.setattr(evaluator, "prepare", lambda operator, domain: None)
+            monkeypatch.setattr(evaluator, "apply", record(evaluator.name))
         module(torch.zeros(8, 16, side, side))
-        assert ways == ["direct" if chosen[kernel, side] else "spectral"]
-    assert chosen == {(1, 32): True, (3, 8): False, (3, 64): False}
+        monkeypatch.undo()
+        assert ways == [chosen[kernel, side]]
+    assert chosen == {(1, 32): "direct", (3, 8): "spectral", (3, 64): "spectral"}
 
 
 @pytest.mark.parametrize("boundary", ["circular", "zeros"])
@@ -404,12 +412,12 @@ def test_the_way_of_evaluation_is_chosen_by_cost():
         ((1, 3, 3), {"cin": 2, "out": 2}, (3, 4, 21)),
     ],
 )
-def test_both_ways_of_evaluation_agree_and_their_gradients(kernel, geometry, size, boundary):
+def test_both_ways_of_evaluation_agree_and_their_gradients(kernel, geometry, size, boundary, monkeypatch):
     conv = make(kernel, dtype=torch.float32, **geometry)
     modules = [orthogonal(copy.deepcopy(conv), boundary=boundary) for _ in range(2)]
     outcomes = []
-    for module, direct in zip(modules, (False, True), strict=True):
-        module._is_direct = lambda *arguments, direct=direct: direct
+    for module, way in zip(modules, ("spectral", "direct"), strict=True):
+        evaluated(monkeypatch, way)
         x = random(2, conv.in_channels, *size, dtype=torch.float32).requires_grad_()
         y = module(x)
         inputs = (x, module.bias, *generators(module))
@@ -455,7 +463,7 @@ def test_a_cached_loop_computes_the_exponential_and_the_transform_once(where, si
         return spectrum(self, kernel, *arguments)
 
     monkeypatch.setattr(Lattice, "spectrum", counting)
-    module._is_direct = lambda *arguments: False
+    evaluated(monkeypatch, "spectral")
     exponentials.clear()
     before = set(vars(module)), set(module._buffers), set(module._modules)
     x = torch.randn(2, 4, side, side)
@@ -662,8 +670,8 @@ def test_after_removal_it_is_trained_as_any_and_made_orthogonal_again(size):
             optimizer.step()
     assert orthogonality_defect(module, size) > 1e-3
     module = orthogonal(module, domain=tuple(max(n, module.weight.shape[-1]) for n in size))
-    y = module(random(1, 4, *module._size))
-    close((y - module.bias[:, None, None]).norm(), random(1, 4, *module._size).norm())
+    y = module(random(1, 4, *module.operator.action.domain))
+    close((y - module.bias[:, None, None]).norm(), random(1, 4, *module.operator.action.domain).norm())
 
 
 @pytest.mark.parametrize("boundary", ["circular", "zeros"])
@@ -902,13 +910,13 @@ def test_the_exponential_of_a_given_domain_on_a_smaller_torus(
 ):
     """It and its gradient are those of the whole domain, to rounding, and the operator is orthogonal."""
     used = []
-    original = ConvExponential._smaller
+    original = plan.smaller_torus
 
-    def record(self, *arguments):
-        used.append(original(self, *arguments))
+    def record(*arguments):
+        used.append(original(*arguments))
         return used[-1]
 
-    monkeypatch.setattr(ConvExponential, "_smaller", record)
+    monkeypatch.setattr(plan, "smaller_torus", record)
     plain = make(kernel, **{"dtype": torch.float32, **options})
     conv = orthogonal(plain, domain=domain, boundary=boundary)
     generator = conv.parametrizations.weight.original
@@ -924,7 +932,7 @@ def test_the_exponential_of_a_given_domain_on_a_smaller_torus(
             (weight, torch.autograd.grad(weight, module.parametrizations.weight.original, G)[0])
         )
     assert used[0] is not None
-    assert used[0].frequencies < conv._spectrum(domain)[0].frequencies
+    assert used[0].frequencies < conv.operator.spectrum(domain)[0].frequencies
     for one, other in zip(*outcomes, strict=True):
         scale = other.abs().max().item()
         assert (one.to(other.dtype) - other).abs().max() < 1e-5 * scale

@@ -1,5 +1,4 @@
 import copy
-import sys
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ from torch import nn
 from orthoconv_param import (
     orthogonal,
     orthogonality_defect,
-    plot_gradient_norms,
-    plot_spectrum,
     report,
     retrofit,
     set_orthogonality,
@@ -227,7 +224,7 @@ def test_rows_of_what_is_not_periodic():
     values = torch.linalg.svdvals(operator(model.mirrored, (8, 7)))
     assert (by_name["mirrored"].smallest, by_name["mirrored"].largest) == pytest.approx(extremes(values))
     valid = torch.linalg.svdvals(operator(model.valid, (8, 7)))
-    assert valid.max() <= by_name["valid"].largest
+    assert valid.max().item() == pytest.approx(by_name["valid"].largest, abs=1e-12)
     assert by_name["unused"].domain is None
     assert by_name["unused"].defect != by_name["unused"].defect  # nan
     assert [row.domain for row in rows if row.name == "several"] == [(6, 5), (30, 25)]
@@ -250,124 +247,3 @@ def test_a_report_names_what_is_not_finite():
         model.draw.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="parameters of draw should be finite"):
         report(model, random(1, 2, 2, 4, 4, dtype=torch.float32))
-
-
-# Plots
-
-
-@pytest.fixture
-def pyplot():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    yield pyplot
-    pyplot.close("all")
-
-
-@pytest.mark.parametrize("boundary", ["circular", "zeros"])
-def test_plot_spectrum_draws_the_operators_eigenvalues_and_singular_values(boundary, pyplot):
-    torch.manual_seed(0)
-    plain = nn.Conv2d(3, 3, 3, padding=1, padding_mode=boundary, dtype=torch.float64)
-    conv = orthogonal(copy.deepcopy(plain), domain=6, boundary=boundary)
-    eigenvalues, values = plot_spectrum(conv, 6, before=plain)
-    torus = (6, 6) if boundary == "circular" else tuple(conv.weight.shape[2:])
-    for module, dots, heights in zip(
-        (plain, conv), eigenvalues.collections, values.collections, strict=True
-    ):
-        M = dense(module.weight.detach(), torus)
-        drawn = torch.view_as_complex(torch.as_tensor(dots.get_offsets().data).double().contiguous())
-        apart = (drawn[:, None] - torch.linalg.eigvals(M)).abs()
-        assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-9  # each is drawn, and nothing else
-        height = torch.as_tensor(heights.get_offsets().data)[:, 1]
-        apart = (height[:, None] - torch.linalg.svdvals(M)).abs()
-        assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-9
-    assert values.get_xlabel() == "frequency (cycles per pixel)"
-    assert "pixels" in values.get_title()
-    assert "before: defect" in values.get_legend().get_texts()[0].get_text()
-
-
-def test_plot_spectrum_puts_values_over_their_frequency(pyplot):
-    blur = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)[None, None]
-    values = plot_spectrum(blur, 16)[-1].collections[0].get_offsets().data
-    frequency, height = torch.as_tensor(values).mT
-    torch.testing.assert_close(height, torch.cos(torch.pi * frequency) ** 2)
-    assert frequency.max() == 0.5
-    assert len(frequency) == 9
-
-
-def test_plot_spectrum_of_a_frame_has_singular_values_only(pyplot):
-    _, (first, second) = pyplot.subplots(1, 2)
-    conv = nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular")
-    assert plot_spectrum(conv, 8, axes=[first]) == (first,)
-    strided = orthogonal(nn.Conv1d(2, 4, 3, padding=1, stride=2))
-    assert plot_spectrum(strided, 8, axes=[second]) == (second,)
-    with pytest.raises(ValueError, match=r"axes should be 1\. Found 2"):
-        plot_spectrum(conv, 8, axes=[first, second])
-    with pytest.raises(ValueError, match="should be periodic, or between zeros"):
-        plot_spectrum(nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect"), 8)
-
-
-class Decay(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
-        self.dropout = nn.Dropout()
-
-    def forward(self, x, start=0.0):
-        h = start
-        for step in x.unbind(1):
-            h = self.factor * self.dropout(h) if isinstance(h, torch.Tensor) else h
-            h = h + step
-        return h
-
-
-def test_plot_gradient_norms_draws_the_gradient_at_each_step(pyplot):
-    models = {"half": Decay(0.5), "one": Decay(1.0)}
-    x = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0))
-    axes = plot_gradient_norms(models, x)
-    assert axes.get_yscale() == "log"
-    for line, (name, model) in zip(axes.lines, models.items(), strict=True):
-        curve = torch.as_tensor(line.get_ydata())
-        assert line.get_label() == name
-        assert len(curve) == 12
-        torch.testing.assert_close(curve[:-1] / curve[1:], model.factor.detach().double().expand(11))
-        assert model.factor.grad is None
-        assert model.training
-    y = models["one"].eval()(x)
-    torch.testing.assert_close(float(axes.lines[1].get_ydata()[-1]), (2 * y / y.numel()).norm().item())
-    again = plot_gradient_norms(models["half"], {"x": x, "start": 1.0}, loss=lambda y: y.sum(), axes=axes)
-    assert again is axes
-    assert len(axes.lines) == 3
-    assert plot_gradient_norms(models["half"], (x.mT.contiguous(), 0.0), time_axis=2) is not axes
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda x: plot_gradient_norms([], x), TypeError, "model should be"),
-        (lambda x: plot_gradient_norms(Decay(1.0), 3), TypeError, "inputs should begin with"),
-        (lambda x: plot_gradient_norms(Decay(1.0), x, time_axis=5), ValueError, "time_axis should be"),
-        (lambda x: plot_gradient_norms(Decay(1.0), x, loss=lambda y: y), ValueError, "loss should be"),
-        (
-            lambda x: plot_gradient_norms(Decay(1.0), x, loss=lambda y: torch.ones(())),
-            ValueError,
-            "depends on the sequence",
-        ),
-        (
-            lambda x: plot_gradient_norms(Decay(1.0), x, loss=lambda y: torch.ones((), requires_grad=True)),
-            ValueError,
-            "depends on the sequence",
-        ),
-        (lambda x: plot_gradient_norms(Decay(1.0), ()), TypeError, "inputs should begin with"),
-    ],
-)
-def test_plot_gradient_norms_names_bad_input(call, error, message, pyplot):
-    with pytest.raises(error, match=message):
-        call(torch.randn(1, 4, 2))
-
-
-def test_plots_say_what_they_need(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install orthoconv_param\[plot\]"):
-        plot_spectrum(torch.ones(1, 1, 1), 4)

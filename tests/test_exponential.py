@@ -5,8 +5,21 @@ from oracles import random, skew
 from scipy.linalg import expm, expm_frechet
 from torch.autograd import gradcheck, gradgradcheck
 
-from orthoconv_param import expm_skew, exponential
-from orthoconv_param.exponential import expm_frame, log_unitary, norm_bound, polar_frame, refine
+from orthoconv_param import expm_skew, runtime
+from orthoconv_param.matrices import expm as expm_module
+from orthoconv_param.matrices.expm import expm_frame, exponential
+from orthoconv_param.matrices.norms import norm_bound
+from orthoconv_param.matrices.polynomials import POLYNOMIALS, evaluate
+from orthoconv_param.matrices.products import product
+from orthoconv_param.matrices.unitary import (
+    haar,
+    log_unitary,
+    polar,
+    polar_decomposition,
+    polar_frame,
+    refine,
+    semi_orthogonal,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 NORMS = [0.0, 1e-12, 0.1, 1.0, 10.0, 1e3]
@@ -22,7 +35,7 @@ def skew_of_norm(norm, n, dtype, batch=(3,), seed=0):
 def schedule(request, monkeypatch):
     """How many squarings: read from the norm, or the fixed schedule of devices that are not waited for."""
     if request.param == "fixed":
-        monkeypatch.setattr(exponential, "_may_wait", lambda device: False)
+        monkeypatch.setattr(runtime, "may_wait", lambda device: False)
 
 
 @pytest.mark.usefixtures("schedule")
@@ -43,10 +56,10 @@ def test_values_and_unitarity(dtype, n, norm):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_polynomial_is_the_exponential_on_its_interval(dtype):
-    polynomial = exponential._POLYNOMIALS[torch.empty(0, dtype=dtype).real.dtype]
+    polynomial = POLYNOMIALS[torch.empty(0, dtype=dtype).real.dtype]
     x = np.linspace(-polynomial.radius, polynomial.radius, 1001)
     z = torch.from_numpy(1j * x).reshape(-1, 1, 1)
-    values = exponential._evaluate(z, z @ z, polynomial).flatten().numpy()
+    values = evaluate(z, z @ z, polynomial).flatten().numpy()
     assert np.abs(values - np.exp(1j * x)).max() < 2 * torch.finfo(dtype).eps
 
 
@@ -163,7 +176,7 @@ def test_large_matrices(norm):
 
 
 def test_a_norm_beyond_the_fixed_schedule_is_nan(monkeypatch):
-    monkeypatch.setattr(exponential, "_may_wait", lambda device: False)
+    monkeypatch.setattr(runtime, "may_wait", lambda device: False)
     assert expm_skew(skew_of_norm(1e6, 3, torch.float64)).isnan().all()
 
 
@@ -287,7 +300,7 @@ def test_a_bad_matrix_spoils_no_other(bad):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("size", [(5, 1), pytest.param((6, 2), marks=pytest.mark.slow), (2, 5)])
 def test_narrow_frames_are_columns_of_the_exponential(size, dtype, monkeypatch):
-    monkeypatch.setattr(exponential, "_NARROW", 2)  # so that small ones are made so too
+    monkeypatch.setattr(expm_module, "_NARROW", 2)  # so that small ones are made so too
     rows, columns = size
     m = max(size)
     X = random(3, *size, dtype=dtype)
@@ -308,3 +321,189 @@ def test_narrow_frames_in_single_precision():
     X = random(4, 64, 3, dtype=torch.complex64)
     Q = expm_frame(X).to(torch.complex128)
     assert (torch.linalg.svdvals(Q) - 1).abs().max() < 2 * torch.finfo(torch.float32).eps
+
+
+# Results may be changed in place
+
+
+def doubled(function, *arguments, **options):
+    result = function(*arguments, **options)
+    result.mul_(2)
+    return result
+
+
+BATCHES = [(), (1,), (3,), (2, 1), (1, 1, 1)]
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.bfloat16])
+def test_the_exponential_may_be_changed_in_place(dtype, batch, n):
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    A = (0.3 * random(*batch, n, n, dtype=wide)).to(dtype).requires_grad_()
+    Q = expm_skew(A)
+    assert not Q._is_view()
+    expected = 2 * Q
+    (gradient,) = torch.autograd.grad(expected.abs().sum(), A)
+    Q = doubled(expm_skew, A)
+    assert torch.equal(Q, expected)
+    torch.testing.assert_close(torch.autograd.grad(Q.abs().sum(), A)[0], gradient)
+    with torch.no_grad():
+        assert torch.equal(doubled(expm_skew, A), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derivatives_of_what_was_changed_in_place(dtype, n):
+    A = random(1, n, n, dtype=dtype).requires_grad_()
+    assert gradcheck(lambda A: doubled(expm_skew, A), A, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(lambda A: doubled(expm_skew, A), A)
+    (gradient,) = torch.autograd.grad(expm_skew(A).abs().sum(), A, create_graph=True)
+    assert not gradient._is_view()
+    gradient.mul_(2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_transforms_of_what_is_changed_in_place(dtype, n):
+    A = random(4, n, n, dtype=dtype).requires_grad_()
+    torch.testing.assert_close(torch.func.vmap(lambda A: doubled(expm_skew, A))(A), 2 * expm_skew(A))
+    torch.testing.assert_close(doubled(torch.func.vmap(expm_skew), A), 2 * expm_skew(A))
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda A: doubled(expm_skew, A).abs().sum()))(A),
+        torch.autograd.grad(2 * expm_skew(A).abs().sum(), A)[0],
+    )
+    compiled = torch.compile(lambda A: doubled(expm_skew, A), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(A), 2 * expm_skew(A))
+    torch.testing.assert_close(doubled(compiled, A), 4 * expm_skew(A))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (6, 3), (3, 6), (16, 1), (1, 16), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_frames_may_be_changed_in_place(dtype, size):
+    X = random(1, *size, dtype=dtype).requires_grad_()
+    expected = 2 * expm_frame(X)
+    (gradient,) = torch.autograd.grad(expected.abs().sum(), X)
+    frame = doubled(expm_frame, X)
+    torch.testing.assert_close(frame, expected)
+    torch.testing.assert_close(torch.autograd.grad(frame.abs().sum(), X)[0], gradient)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ((3, 3), (3, 3)),
+        ((1, 3, 3), (1, 3, 3)),
+        ((2, 1, 3, 2), (5, 2, 3)),
+        ((3, 3), (4, 3, 3)),
+        ((1, 3), (4, 3, 1)),  # torch's own product is a view
+        ((1, 1), (2, 4, 1, 1)),
+        ((4, 3, 3), (3, 3)),
+        ((0, 3, 3), (0, 3, 3)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_products_may_be_changed_in_place(dtype, left, right):
+    A = random(*left, dtype=dtype).requires_grad_()
+    B = random(*right, dtype=dtype, seed=1).requires_grad_()
+    if dtype.is_complex:
+        assert not product(A, B)._is_view()
+    expected = 2 * (A @ B)
+    C = doubled(product, A, B)
+    torch.testing.assert_close(C, expected)
+    weights = random(*C.shape, dtype=dtype, seed=2)
+    for one, other in zip(
+        torch.autograd.grad(C, (A, B), weights), torch.autograd.grad(expected, (A, B), weights), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    for dims in ((0, None), (None, 0), (0, 0)):
+        a, b = (x if d is None else torch.stack([x, 3 * x]) for x, d in zip((A, B), dims, strict=True))
+        mapped = torch.func.vmap(lambda a, b: doubled(product, a, b), dims)(a, b)
+        torch.testing.assert_close(mapped[0], expected)
+        doubled(torch.func.vmap(product, dims), a, b)
+
+
+@pytest.mark.parametrize("name", ["expm_skew", "expm_skew_vjp"])
+@pytest.mark.parametrize("shape", [(3, 3), (1, 2, 2), (1, 3, 3), (2, 1, 4, 4), (0, 3, 3)])
+def test_operators_return_no_views(name, shape):
+    A = random(*shape, dtype=torch.complex128)
+    for known in (None, 100.0):
+        arguments = (A, known) if name == "expm_skew" else (A, A, known)
+        assert not getattr(torch.ops.orthoconv_param, name)(*arguments)._is_view()
+
+
+def test_schemas_of_the_operators():
+    operators = torch.ops.orthoconv_param
+    assert [str(f.default._schema) for f in (operators.expm_skew, operators.expm_skew_vjp)] == [
+        "orthoconv_param::expm_skew(Tensor A, float? norm=None) -> Tensor",
+        "orthoconv_param::expm_skew_vjp(Tensor A, Tensor G, float? norm=None) -> Tensor",
+    ]
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_that_have_a_closed_form_need_none(dtype, n):
+    A = 0.3 * random(2, n, n, dtype=dtype)
+    torch.testing.assert_close(exponential(A), expm_skew(A))
+    assert (norm_bound(skew(A)) >= torch.linalg.matrix_norm(skew(A), 2) * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_known_bound_is_used(dtype):
+    A = skew_of_norm(3.0, 5, dtype)
+    tolerance = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(exponential(A, 3.0), expm_skew(A), atol=tolerance, rtol=0)
+    torch.testing.assert_close(exponential(A, 50.0), expm_skew(A), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("A", [torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.complex64)])
+def test_a_bad_matrix_of_size_1_stays_visible(A, bad):
+    assert expm_skew(A + bad).isnan().all()
+
+
+# Unitary matrices
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 6), (2, 1, 5, 2)])
+def test_polar_is_the_nearest_of_orthonormal_columns(shape):
+    X = random(*shape, dtype=torch.complex128)
+    before = X.clone()
+    Q = polar(X)
+    assert torch.equal(X, before)
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    torch.testing.assert_close(Q, U @ Vh)
+    assert semi_orthogonal(Q, 1e-12)
+    assert not semi_orthogonal(1.001 * Q, 1e-4)
+    assert not semi_orthogonal(X * torch.nan, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (6, 3), (3, 6)])
+def test_polar_decomposition_is_one(shape):
+    X = random(*shape, dtype=torch.complex128)
+    rows, columns = shape[-2:]
+    frame, V, S = polar_decomposition(X.clone())
+    P, Q = (V * S.unsqueeze(-2)) @ V.mH, frame[..., :rows, :columns]
+    torch.testing.assert_close(Q @ P if rows >= columns else P @ Q, X)
+    assert (S.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_haar_is_unitary_and_its_mean_is_zero(dtype):
+    torch.manual_seed(0)
+    Q = haar(torch.empty(4000, 3, 3, dtype=dtype))
+    assert Q.dtype == dtype
+    assert semi_orthogonal(Q, 1e-12)
+    assert Q.mean(0).abs().max() < 0.05
+    # E |tr Q|^2 = 1 on both groups; with torch's own signs of R it is not
+    trace = Q.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert abs(trace.abs().square().mean() - 1) < 0.1
+
+
+def test_refine_leaves_its_argument_as_it_is():
+    Q = polar(random(4, 3, dtype=torch.complex128)).to(torch.complex64).to(torch.complex128)
+    before = Q.clone()
+    assert not torch.equal(refine(Q), before)
+    assert torch.equal(Q, before)

@@ -6,7 +6,7 @@ from oracles import defect, dense, phases_first, random, skew
 from scipy.linalg import expm
 
 from orthoconv_param import functional
-from orthoconv_param.lattice import Lattice
+from orthoconv_param.torus.lattice import Lattice
 
 SQUARE = [  # channels, taps, domain, groups
     (2, (3,), None, 1),

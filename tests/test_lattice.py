@@ -4,8 +4,12 @@ import pytest
 import torch
 from oracles import dense, hartley, phases_first, random
 
-from orthoconv_param import lattice as lattice_module
-from orthoconv_param.lattice import Lattice, Placement, centre, crop, pack, per_axis, sampling, unpack
+from orthoconv_param.checks import per_axis
+from orthoconv_param.torus import dft
+from orthoconv_param.torus.boundary import crop
+from orthoconv_param.torus.dft import pack, unpack
+from orthoconv_param.torus.lattice import Lattice, sampling
+from orthoconv_param.torus.placement import Placement, centre
 
 close = torch.testing.assert_close
 
@@ -170,7 +174,7 @@ def test_transforms_by_matrices_are_the_fast_ones(geometry, monkeypatch):
     kernels, tangent = random(3, 12, 4, 3, 3, dtype=dtype), random(12, 4, 3, 3, dtype=dtype, seed=1)
     outcomes = []
     for taps in (64, 0):
-        monkeypatch.setattr(lattice_module, "_MATRIX_TAPS", taps)
+        monkeypatch.setattr(dft, "_MATRIX_TAPS", taps)
         spectrum = lattice.spectrum(kernels[0])
         assert spectrum.is_contiguous()
         jvp = torch.func.jvp(lattice.spectrum, (kernels[0],), (tangent,))[1]

@@ -1,13 +1,15 @@
 import geoopt
+import numpy as np
 import pytest
 import torch
 from oracles import defect, dense, random
 from scipy.linalg import logm
+from scipy.special import iv
 
 from orthoconv_param import functional
-from orthoconv_param.lattice import Lattice
 from orthoconv_param.manifold import OrthogonalKernels
-from orthoconv_param.trivializations import RETRACTIONS
+from orthoconv_param.matrices.maps import RETRACTIONS
+from orthoconv_param.torus.lattice import Lattice
 
 close = torch.testing.assert_close
 
@@ -243,7 +245,7 @@ def test_arguments_are_checked(arguments, options, error, message):
 def test_shapes_are_checked():
     manifold = OrthogonalKernels((4, 6), groups=2)
     assert "domain=(4, 6)" in repr(manifold)
-    for bad in ((4, 2, 4), (4, 2, 4, 5), (3, 2, 4, 6), (2, 4, 2, 4, 6)):
+    for bad in ((4, 2, 4), (4, 2, 4, 5), (3, 2, 4, 6), (2, 3, 2, 4, 6), (0, 4, 2, 4, 6)):
         with pytest.raises(
             ValueError, match=r"should be \(out, in/groups, \*\(4, 6\)\), out divisible by 2"
         ):
@@ -289,3 +291,288 @@ def test_vectors_are_checked():
     half = x.bfloat16()
     assert manifold.check_point_on_manifold(half)
     assert manifold.dist(half, half).dtype == torch.bfloat16
+
+
+# Batches
+
+
+def plain(x):
+    return x.as_subclass(torch.Tensor)
+
+
+def make_batch(size, stride, groups, dtype, batch=(2, 3), **options):
+    """Points, tangent vectors there, and points at distance 1."""
+    manifold, _ = make(size, stride, groups, dtype, **options)
+    x = manifold.random(*batch, *size, dtype=dtype)
+    u, v = (manifold.proju(x, random(*x.shape, dtype=dtype, seed=seed)) for seed in (1, 2))
+    u = u / manifold.norm(x, u, keepdim=True)
+    return manifold, plain(x), u, v, manifold.expmap(x, u)
+
+
+def loop(method, *batches):
+    """A method on each of the kernels."""
+    d = batches[0].ndim - 2
+    results = [method(*kernels) for kernels in zip(*(b.flatten(0, 1) for b in batches), strict=True)]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(r).unflatten(0, (2, 3)) for r in zip(*results, strict=True))
+    assert results[0].ndim in (0, d)
+    return torch.stack(results).unflatten(0, (2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_a_batch_is_treated_kernel_by_kernel(size, stride, groups, dtype):
+    manifold, x, u, v, y = make_batch(size, stride, groups, dtype, retraction="cayley")
+    e = random(*x.shape, dtype=dtype, seed=3)
+    assert x.shape == (2, 3, *size)
+    assert manifold.check_point_on_manifold(x)
+    assert all(defect(operator(manifold, point)) < 1e-12 for point in x.flatten(0, 1))
+    assert not torch.equal(x[0, 0], x[1, 2])
+    origin = manifold.origin(2, 3, *size, dtype=dtype)
+    close(plain(origin[1, 2]), plain(manifold.origin(*size, dtype=dtype)))
+    close(manifold.projx(e), loop(manifold.projx, e))
+    for method, arguments in [
+        ("proju", (x, e)),
+        ("egrad2rgrad", (x, e)),
+        ("inner", (x, u)),
+        ("inner", (x, u, v)),
+        ("norm", (x, v)),
+        ("transp", (x, y, v)),
+        ("retr", (x, u)),
+        ("expmap", (x, u)),
+        ("logmap", (x, y)),
+        ("dist", (x, y)),
+        ("dist2", (x, y)),
+        ("retr_transp", (x, u, v)),
+        ("expmap_transp", (x, u, v)),
+        ("transp_follow_retr", (x, u, v)),
+        ("transp_follow_expmap", (x, u, v)),
+        ("component_inner", (x, u, v)),
+    ]:
+        close(getattr(manifold, method)(*arguments), loop(getattr(manifold, method), *arguments))
+    for method, arguments in [("inner", (x, u, v)), ("norm", (x, v)), ("dist", (x, y)), ("dist2", (x, y))]:
+        kept = getattr(manifold, method)(*arguments, keepdim=True)
+        assert kept.shape == (2, 3, *(1,) * len(size))
+        close(kept.flatten(1), getattr(manifold, method)(*arguments))
+    close(manifold.dist(x, y), torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("size", "stride", "groups"), [CASES[0], CASES[2], CASES[4], CASES[5]])
+def test_batches_broadcast(size, stride, groups):
+    manifold, x, u, v, _ = make_batch(size, stride, groups, torch.float64)
+    first, second = x[:, :1], x[0, 0]
+    expanded, repeated = first.expand(x.shape), second.expand(x.shape)
+    close(manifold.proju(first, u), manifold.proju(expanded, u))
+    close(manifold.proju(x, u[0]), manifold.proju(x, u[0].expand(x.shape)))
+    close(manifold.inner(second, u, v[:, :1]), manifold.inner(repeated, u, v[:, :1].expand(x.shape)))
+    close(manifold.retr(second, u), manifold.retr(repeated, u))
+    close(manifold.transp(x, second, v[0, 0]), manifold.transp(x, repeated, v[0, 0].expand(x.shape)))
+    near = manifold.expmap(second, 0.1 * u)
+    close(manifold.logmap(second, near), manifold.logmap(repeated, near))
+    close(manifold.dist(near, second), manifold.dist(near, repeated))
+    assert manifold.dist(near, second, keepdim=True).shape == (2, 3, *(1,) * len(size))
+    close(manifold.retr_transp(x, u[0], v[0, 0])[1].shape, x.shape)
+    point = second.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(manifold.dist2(point, near).sum(), point)
+    logs = manifold.logmap(repeated, near)
+    close(manifold.egrad2rgrad(second, gradient), -2 * logs.sum((0, 1)))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        manifold.proju(x, u[:, :2])
+
+
+@pytest.mark.parametrize("size", [(4, 4, 5), (4, 2, 5), (2, 4, 5)])
+def test_one_bad_kernel_of_a_batch_is_found(size):
+    manifold, x, u, *_ = make_batch(size, 1, 1, torch.float64)
+    assert manifold.check_vector_on_tangent(x, u)
+    bad = x.clone()
+    bad[1, 2] *= 1.001
+    assert not manifold.check_point_on_manifold(bad)
+    bad = 1e6 * u
+    bad[0, 1] = 0.1 * x[0, 1]
+    assert not manifold.check_vector_on_tangent(x, bad, atol=1e-5, rtol=1e-5)
+
+
+def test_some_pairs_of_a_batch_are_infinitely_far():
+    """Of a batch only those which no geodesic connects; and they have no gradient."""
+    manifold, x, u, _, y = make_batch((3, 3, 4), 1, 1, torch.float64)
+    y[0, 1] *= -1
+    infinite = torch.zeros(2, 3, dtype=torch.bool)
+    infinite[0, 1] = True
+    assert torch.equal(manifold.dist(x, y) == torch.inf, infinite)
+    assert manifold.dist2(x, y, keepdim=True).shape == (2, 3, 1, 1, 1)
+    close(manifold.dist(x, y)[~infinite], torch.ones(5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="determinant"):
+        manifold.logmap(x, y)
+    for method in (manifold.dist, manifold.dist2):
+        point = x.clone().requires_grad_()
+        (e,) = torch.autograd.grad(method(point, y).sum(), point)
+        expected = (1 if method == manifold.dist else 2) * -u
+        close(manifold.egrad2rgrad(x, e)[~infinite], expected[~infinite])
+        assert not e[infinite].any()
+
+
+@pytest.mark.parametrize("optimizer", ["RiemannianSGD", "RiemannianAdam"])
+@pytest.mark.parametrize(
+    ("size", "stride", "groups", "dtype"),
+    [
+        ((4, 4, 5), 1, 1, torch.float64),
+        ((2, 5, 4), 1, 1, torch.float64),
+        ((8, 2, 4, 6), (1, 2), 2, torch.complex128),
+    ],
+)
+def test_optimizers_move_a_batch_kernel_by_kernel(size, stride, groups, dtype, optimizer):
+    manifold, x, *_ = make_batch(size, stride, groups, dtype)
+    together = geoopt.ManifoldParameter(x.clone(), manifold=manifold)
+    each = [geoopt.ManifoldParameter(point.clone(), manifold=manifold) for point in x.flatten(0, 1)]
+    target = random(*x.shape, dtype=dtype, seed=8)
+    options = {"lr": 5.0, "momentum": 0.5} if optimizer == "RiemannianSGD" else {"lr": 0.3}
+    for parameters in ([together], each):
+        steps = getattr(geoopt.optim, optimizer)(parameters, **options)
+        for _ in range(5):
+            steps.zero_grad()
+            weight = together if parameters == [together] else torch.stack(each).view(x.shape)
+            (plain(weight) - target).abs().square().sum().backward()
+            steps.step()
+    close(together.detach(), torch.stack([plain(w.detach()) for w in each]).view(x.shape))
+    assert manifold.check_point_on_manifold(together)
+    assert (plain(together.detach()) - x).norm() > 0.1
+
+
+def test_products():
+    """Of kernels, square and frames, with a sphere; a batch of points."""
+    square, frames, sphere = OrthogonalKernels((5,)), OrthogonalKernels((4, 2)), geoopt.Sphere()
+    product = geoopt.ProductManifold((square, (3, 3, 5)), (frames, (2, 3, 4, 2)), (sphere, 3))
+    torch.manual_seed(0)
+    x, y = (product.random(4, product.n_elements, dtype=torch.float64) for _ in range(2))
+    u = product.proju(x, random(*x.shape))
+    assert product.check_point_on_manifold(x)
+    assert product.check_vector_on_tangent(x, u)
+    close(plain(product.projx(x)), plain(x))
+    points, vectors = product.unpack_tensor(plain(x)), product.unpack_tensor(u)
+    parts = list(zip((square, frames, sphere), points, vectors, strict=True))
+    close(product.inner(x, u), sum(manifold.inner(point, vector) for manifold, point, vector in parts))
+    moved = [manifold.retr(point, vector).flatten(1) for manifold, point, vector in parts]
+    close(product.retr(x, u), torch.cat(moved, 1))
+    assert product.component_inner(x, u).shape == x.shape
+    weight = geoopt.ManifoldParameter(x.clone(), manifold=product)
+    steps = geoopt.optim.RiemannianAdam([weight], lr=0.1)
+    for _ in range(3):
+        steps.zero_grad()
+        (plain(weight) - plain(y)).square().sum().backward()
+        steps.step()
+    assert product.check_point_on_manifold(weight)
+    kernels = geoopt.ProductManifold((square, (3, 3, 5)), (frames, (2, 3, 4, 2)))
+    assert kernels.reversible
+    assert not product.reversible
+    scaled = geoopt.Scaled(square, 2.0)
+    assert scaled.reversible
+    point, vector = points[0], vectors[0]
+    close(scaled.dist(point, point.roll(1, -1)), 2 * square.dist(point, point.roll(1, -1)))
+    close(scaled.retr_transp(point, vector, vector)[0], square.retr(point, vector / 2))
+
+
+# Steps back, and samplers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RETRACTIONS)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_a_step_back_undoes_a_step(size, stride, groups, name, dtype):
+    """As geoopt's own test of reversible manifolds, where the retraction says that it is."""
+    manifold, x, *_ = make_batch(size, stride, groups, dtype, retraction=name)
+    u = manifold.proju(x, random(*x.shape, dtype=dtype, seed=1) / 3)
+    y, v = manifold.retr_transp(x, u, u)
+    back, w = manifold.retr_transp(y, -v, v)
+    error = max((back - x).abs().max(), (w - u).abs().max())
+    rows, columns = manifold._blocks(x)
+    assert manifold.reversible == (name != "qr")
+    if manifold.reversible:
+        assert error < 1e-12
+    elif max(rows, columns) > 1:
+        assert error > 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RETRACTIONS)
+@pytest.mark.parametrize(("size", "stride", "groups"), CASES)
+def test_vectors_that_follow_a_step_keep_their_lengths_and_angles(size, stride, groups, name, dtype):
+    manifold, x, u, v, _ = make_batch(size, stride, groups, dtype, retraction=name)
+    rows, columns = manifold._blocks(x)
+    for both, retraction in (
+        (manifold.retr_transp, manifold.retr),
+        (manifold.expmap_transp, manifold.expmap),
+    ):
+        y, moved = both(x, 3 * u, v)
+        close(y, retraction(x, 3 * u))
+        assert manifold.check_vector_on_tangent(y, moved, atol=1e-12, rtol=1e-12)
+        close(manifold.inner(y, moved, both(x, 3 * u, u)[1]), manifold.inner(x, v, u))
+        if rows == columns:
+            close(moved, manifold.transp(x, y, v))
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon", "size", "retraction"),
+    [
+        ("RHMC", 4.0, (3, 3, 4), "expm"),
+        ("RHMC", 4.0, (3, 3, 4), "cayley"),
+        ("RHMC", 4.0, (3, 3, 4), "polar"),
+        ("RHMC", 4.0, (3, 2, 4), "expm"),
+        ("RHMC", 4.0, (2, 3, 4), "cayley"),
+        ("RSGLD", 8.0, (3, 3, 4), "expm"),
+        ("RSGLD", 8.0, (3, 2, 4), "cayley"),
+        ("SGRHMC", 0.5, (3, 3, 4), "cayley"),
+        ("SGRHMC", 0.5, (2, 3, 4), "expm"),
+    ],
+)
+def test_samplers_draw_uniformly(name, epsilon, size, retraction):
+    """Many chains at once, which start at the identity; moments of the entries of the matrices."""
+    manifold = OrthogonalKernels(size[2:], retraction=retraction)
+    torch.manual_seed(0)
+    weight = geoopt.ManifoldParameter(manifold.origin(3000, *size, dtype=torch.float64), manifold=manifold)
+    sampler = getattr(geoopt.samplers, name)([weight], epsilon=epsilon)
+    sampler.burnin = False
+    for _ in range(20):
+        sampler.step(lambda: 0 * weight.sum())
+    assert manifold.check_point_on_manifold(weight)
+    assert sampler.rejection_rate == 0
+    w = plain(weight.detach())
+    assert w.mean(0).abs().max() < 0.04
+    second = w.square().sum(-1).mean(0)  # over the taps, or the frequencies: Parseval
+    close(second, torch.full_like(second, 1 / max(size[:2])), atol=0.02, rtol=0)
+    # products of different entries
+    assert (w[:, 0, 0] * w[:, 1, 1]).sum(-1).mean().abs() < 0.04
+
+
+def test_langevin_draws_angles_as_von_mises():
+    """One channel on three points: at the complex frequency one angle, of density ``exp(2 k cos)``."""
+    kernels, points, k = OrthogonalKernels((3,)), 3, 0.7
+    torch.manual_seed(0)
+    weight = geoopt.ManifoldParameter(kernels.random(4000, 1, 1, 3, dtype=torch.float64), manifold=kernels)
+    sampler = geoopt.samplers.RSGLD([weight], epsilon=0.03 * points**2)
+    for _ in range(300):
+        sampler.step(lambda: k * points * weight[..., 1].sum() / points)  # the trace is points * weight[1]
+    cosine = plain(weight.detach()) @ torch.tensor([-0.5, 1.0, -0.5]).double()
+    assert cosine.mean() == pytest.approx(iv(1, 2 * k) / iv(0, 2 * k), abs=0.03)
+
+
+@pytest.mark.slow
+def test_hamiltonian_steps_draw_angles_as_von_mises():
+    """A rotation of the plane, on one point."""
+    kernels, k = OrthogonalKernels((1,)), 1.4
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  # geoopt draws from it
+    weight = geoopt.ManifoldParameter(kernels.origin(2, 2, 1, dtype=torch.float64), manifold=kernels)
+    sampler = geoopt.samplers.RHMC([weight], epsilon=0.2, n_steps=8)
+    cosines = []
+    for _ in range(800):
+        sampler.step(lambda: k * weight[0, 0, 0])
+        cosines.append(weight[0, 0, 0].item())
+    # geoopt begins with a whole step of the momentum, not a half one, which adds 0.02
+    assert np.mean(cosines) == pytest.approx(iv(1, k) / iv(0, k), abs=0.08)
+
+
+def test_samplers_refuse_what_they_cannot_undo():
+    kernels = OrthogonalKernels((4,), retraction="qr")
+    weight = geoopt.ManifoldParameter(kernels.origin(2, 2, 4), manifold=kernels)
+    with pytest.raises(ValueError, match="reversible"):
+        geoopt.samplers.RHMC([weight])

@@ -11,17 +11,18 @@ from oracles import defect, dense, operator, random
 from torch import nn
 from torch.nn.utils import parametrize
 
-import orthoconv_param
 from orthoconv_param import (
     functional,
     generators,
     orthogonal,
+    report,
     retrofit,
+    retrofitting,
     set_orthogonality,
 )
-from orthoconv_param.conversion import CONVOLUTIONS
 from orthoconv_param.functional import gate_blocks
-from orthoconv_param.retrofit import Annealed
+from orthoconv_param.parametrizations.annealed import Annealed
+from orthoconv_param.torus.geometry import CONVOLUTIONS
 
 close = torch.testing.assert_close
 DOUBLE = torch.float64
@@ -65,7 +66,9 @@ def selected(model):
     for module in model.modules():
         if isinstance(module, CONVOLUTIONS) and parametrize.is_parametrized(module):
             stack = module.parametrizations.weight[0]
-            size = module._size or (6,) * len(module.kernel_size)  # a single tap takes every size
+            size = module.operator.action.domain or (6,) * len(
+                module.kernel_size
+            )  # a single tap takes every size
             yield module, size, getattr(stack, "blocks", [None])
 
 
@@ -104,12 +107,12 @@ def test_outputs_stay_and_at_1_operators_are_orthogonal(name, mode, dtype):
         if trained:
             train(model, x)
         for module, M in operators(model):
-            if module._boundary == "circular":
+            if module.operator.boundary.name == "circular":
                 assert defect(M) < TOLERANCE[dtype]
             else:
                 assert torch.linalg.svdvals(M).max() < 1 + TOLERANCE[dtype]
         for module, _, blocks in selected(model):
-            if module._boundary == "zeros" and len(module._size) < 3:
+            if module.operator.boundary.name == "zeros" and len(module.operator.action.domain) < 3:
                 # the torus on which zeros continue the image is where it is orthogonal
                 W = module.weight.detach().double()
                 for block in blocks:
@@ -136,7 +139,7 @@ def test_without_annealing_it_starts_at_the_nearest(name, mode):
     close(model(x), twin(x))
     for module, M in operators(model):
         assert torch.linalg.svdvals(M).max() < 1 + 1e-11
-        assert module._boundary == "zeros" or defect(M) < 1e-11
+        assert module.operator.boundary.name == "zeros" or defect(M) < 1e-11
     with pytest.raises(ValueError, match=r"being annealed.*Found none"):
         set_orthogonality(model, 0.5)
 
@@ -628,7 +631,7 @@ def test_an_optimizer_from_before_that_does_not_know_the_blocks_raises():
     optimizer.step()
     assert all((v != before[k]).any() for k, v in model.named_parameters())
     del optimizer
-    assert all(r.weight() is None for r in orthoconv_param.retrofit.__globals__["_replaced"])
+    assert all(r.weight() is None for r in retrofitting._replaced)
 
 
 # What it is called with
@@ -653,7 +656,7 @@ def test_nothing_cached_survives():
     with torch.no_grad(), parametrize.cached():
         before = model(x)
         set_orthogonality(model, 1)
-        assert orthoconv_param.report(model, x).rows[1].defect < 1e-11
+        assert report(model, x).rows[1].defect < 1e-11
         after = model(x)
     assert (after - before).norm() > 1e-3 * before.norm()
     close(model(x), after)
@@ -758,7 +761,7 @@ def test_the_example_leaves_nothing_behind():
     model.register_forward_hook(lambda module, args, output: setattr(module, "seen", module.seen + 1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen, random_state = model.seen, torch.get_rng_state()
-    orthoconv_param.report(model, torch.ones(2, 2, 4, 4))
+    report(model, torch.ones(2, 2, 4, 4))
     assert [m.training for m in model] == [True, False, True]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.seen is seen

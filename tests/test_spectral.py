@@ -7,9 +7,12 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from orthoconv_param import functional, spectral
-from orthoconv_param.lattice import Lattice, cut, extend
-from orthoconv_param.spectral import Shared, spectral_conv
+from orthoconv_param import functional
+from orthoconv_param.torus import circular, shared
+from orthoconv_param.torus.boundary import cut, extend
+from orthoconv_param.torus.circular import spectral_conv
+from orthoconv_param.torus.lattice import Lattice
+from orthoconv_param.torus.shared import Shared
 
 close = torch.testing.assert_close
 
@@ -125,13 +128,11 @@ def test_operators_are_well_formed():
 @pytest.mark.parametrize("batch", [0, 1, 8, 9, 40])
 @TRANSPOSED
 def test_batches_in_pieces_and_empty_ones(batch, transposed, monkeypatch):
-    from orthoconv_param import spectral
-
     kernel, lattice, x = make(GEOMETRIES[3], torch.float64, transposed, batch)
     spectrum = lattice.spectrum(kernel)
     whole = spectral_conv(x, spectrum, lattice, transposed)
     assert len(whole) == batch
-    monkeypatch.setattr(spectral, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(circular, "_PIECE_BYTES", 1)
     assert torch.equal(spectral_conv(x, spectrum, lattice, transposed), whole)
 
 
@@ -205,25 +206,29 @@ def test_half_precision_is_computed_in_single(dtype):
 
 def loop(x, spectrum, lattice, transposed, share):
     """Three uses of one spectrum, the second with as many images again."""
-    M = Shared(spectrum, lattice) if share else spectrum
-    y = spectral_conv(x, M, lattice, transposed)
-    z = spectral_conv(torch.cat([x.square(), 2 * x]), M, lattice, transposed)
-    return y + z[: len(x)] * spectral_conv(x, M, lattice, transposed) + z[len(x) :]
+    convolve = Shared(spectrum, lattice).convolve if share else partial(plain, spectrum, lattice)
+    y = convolve(x, transposed)
+    z = convolve(torch.cat([x.square(), 2 * x]), transposed)
+    return y + z[: len(x)] * convolve(x, transposed) + z[len(x) :]
+
+
+def plain(spectrum, lattice, x, transposed):
+    return spectral_conv(x, spectrum, lattice, transposed)
 
 
 @TRANSPOSED
 @EACH
 @pytest.mark.parametrize(("dtype", "gathered"), [(torch.float64, 1), (torch.complex128, 256)])
 def test_derivatives_of_a_shared_spectrum(geometry, dtype, transposed, gathered, monkeypatch):
-    monkeypatch.setattr(spectral, "_GATHERED_IMAGES", gathered)
-    monkeypatch.setattr(spectral, "_GATHERED_FREQUENCIES", 3)
+    monkeypatch.setattr(shared, "_GATHERED_IMAGES", gathered)
+    monkeypatch.setattr(shared, "_GATHERED_FREQUENCIES", 3)
     kernel, lattice, x = make(geometry, dtype, transposed)
     x.requires_grad_()
     M = lattice.spectrum(kernel).requires_grad_()
-    y, plain = (loop(x, M, lattice, transposed, share) for share in (True, False))
-    close(y, plain)
+    y, alone = (loop(x, M, lattice, transposed, share) for share in (True, False))
+    close(y, alone)
     G = random(*y.shape, dtype=dtype, seed=3)
-    expected = torch.autograd.grad(plain, (x, M), G, retain_graph=True)
+    expected = torch.autograd.grad(alone, (x, M), G, retain_graph=True)
     for _ in range(2):
         close(torch.autograd.grad(y, (x, M), G, retain_graph=True), expected)
         # a pass that does not ask for the spectrum's gradient leaves nothing to the next
@@ -234,7 +239,7 @@ def test_derivatives_of_a_shared_spectrum(geometry, dtype, transposed, gathered,
     close([g[1] for g in both], [2 * g for g in expected])
     second = [
         torch.autograd.grad(torch.autograd.grad(value, M, G, create_graph=True)[0].abs().sum(), (x, M))
-        for value in (y, plain)
+        for value in (y, alone)
     ]
     close(*second)
     frozen = loop(x.detach(), M, lattice, transposed, share=True)
@@ -248,13 +253,13 @@ def test_a_shared_spectrum_under_transformations():
     def energy(M, share):
         return loop(x, M, lattice, False, share).square().sum()
 
-    plain, shared = (partial(energy, share=share) for share in (False, True))
-    close(torch.func.grad(shared)(M), torch.func.grad(plain)(M))
+    alone, together = (partial(energy, share=share) for share in (False, True))
+    close(torch.func.grad(together)(M), torch.func.grad(alone)(M))
     tangent = random(*M.shape, dtype=M.dtype, seed=2)
-    close(torch.func.jvp(shared, (M,), (tangent,)), torch.func.jvp(plain, (M,), (tangent,)))
+    close(torch.func.jvp(together, (M,), (tangent,)), torch.func.jvp(alone, (M,), (tangent,)))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(M.requires_grad_(), tangent)
-        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (plain, shared)]
+        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (alone, together)]
     close(*tangents)
 
 

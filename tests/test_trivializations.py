@@ -6,18 +6,18 @@ from oracles import defect, dense, random, skew
 from scipy.special import jv
 
 from orthoconv_param import expm_skew
-from orthoconv_param.lattice import Lattice
-from orthoconv_param.trivializations import (
+from orthoconv_param.matrices.maps import (
     RETRACTIONS,
-    _chebyshev_tails,
     cayley,
-    degree,
+    check_trivialization,
     inverse,
     lift,
     retract,
     retraction,
     trivialization,
 )
+from orthoconv_param.parametrizations.degree import _chebyshev_tails, smallest_degree
+from orthoconv_param.torus.lattice import Lattice
 
 MAPS = ["expm", "cayley", geotorch.SO.trivializations["expm"], geotorch.SO.trivializations["cayley"]]
 
@@ -86,7 +86,7 @@ def test_the_tail_alone_is_no_bound_and_with_lebesgues_constant_it_is():
     tails = _chebyshev_tails("expm", norm)
     p = int(np.argmax(tails <= tol))
     assert tails[p] <= tol < compact_defect(p, norm)
-    bound = degree("expm", norm, tol, (1,))
+    bound = smallest_degree("expm", norm, tol, (1,))
     assert bound == p + 1
     assert compact_defect(bound, norm) <= tol
 
@@ -94,19 +94,19 @@ def test_the_tail_alone_is_no_bound_and_with_lebesgues_constant_it_is():
 @pytest.mark.parametrize("norm", [0.1, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("tol", [1e-3, 2e-7, 1e-11])
 def test_degree_bounds_the_worst_channel_and_is_not_wasteful(norm, tol):
-    p = degree("expm", norm, tol, (1,))
+    p = smallest_degree("expm", norm, tol, (1,))
     assert compact_defect(p, norm) <= tol
     if p > 2:
         assert compact_defect(p - 2, norm) > tol
 
 
 def test_kernels_at_torchs_initial_norms_have_the_taps_that_are_announced():
-    sizes = [2 * degree("expm", norm, 2e-7, (1, 1)) + 1 for norm in (0.25, 0.5, 1.0)]
+    sizes = [2 * smallest_degree("expm", norm, 2e-7, (1, 1)) + 1 for norm in (0.25, 0.5, 1.0)]
     assert sizes == [11, 13, 17]
-    assert 2 * degree("expm", 1.0, 1e-12, (1, 1)) + 1 == 25
+    assert 2 * smallest_degree("expm", 1.0, 1e-12, (1, 1)) + 1 == 25
     # Cayley's map has a pole, and so decays only geometrically
-    assert degree("cayley", 4.0, 2e-7, (1,)) > 2 * degree("expm", 4.0, 2e-7, (1,))
-    assert degree(geotorch.SO.trivializations["cayley"], 1.0, 2e-7, (1,)) == degree(
+    assert smallest_degree("cayley", 4.0, 2e-7, (1,)) > 2 * smallest_degree("expm", 4.0, 2e-7, (1,))
+    assert smallest_degree(geotorch.SO.trivializations["cayley"], 1.0, 2e-7, (1,)) == smallest_degree(
         "cayley", 1.0, 2e-7, (1,)
     )
 
@@ -116,7 +116,111 @@ def test_a_map_that_is_not_smooth_has_no_compact_kernel():
         return torch.where(A.imag > 0.3, 1j, 1.0 + 0j).to(A.dtype)
 
     with pytest.raises(ValueError, match="has no compact kernel"):
-        degree(jump, 1.0, 2e-7, (1,))
+        smallest_degree(jump, 1.0, 2e-7, (1,))
+
+
+# Maps that are given
+
+
+@pytest.fixture(params=[None, "meta", torch.float16])
+def surroundings(request):
+    """Another device's context, or another default dtype."""
+    if request.param is None:
+        yield
+    elif isinstance(request.param, str):
+        with torch.device(request.param):
+            yield
+    else:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(request.param)
+        yield
+        assert torch.get_default_dtype() == request.param
+        torch.set_default_dtype(before)
+
+
+def of_complex_matrices(A):
+    if not A.is_complex():
+        raise TypeError("only complex ones")
+    return torch.matrix_exp(A)
+
+
+def of_real_matrices(A):
+    if A.is_complex():
+        raise TypeError("only real ones")
+    return torch.matrix_exp(A)
+
+
+def through_a_series(A):
+    eye = torch.eye(3)
+    return torch.linalg.solve(eye - A, eye + A)
+
+
+@pytest.mark.usefixtures("surroundings")
+@pytest.mark.parametrize(
+    "triv",
+    [
+        *MAPS,
+        torch.matrix_exp,
+        torch.linalg.matrix_exp,
+        expm_skew,
+        of_complex_matrices,
+        of_real_matrices,
+        through_a_series,
+        *(r.apply for r in RETRACTIONS.values()),
+    ],
+)
+def test_maps_to_unitary_matrices_are_accepted(triv):
+    state = torch.get_rng_state()
+    assert check_trivialization(triv) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def raises(A):
+    raise RuntimeError("no such luck")
+
+
+@pytest.mark.usefixtures("surroundings")
+@pytest.mark.parametrize(
+    ("triv", "found"),
+    [
+        (torch.exp, r"triv='exp', of which a value has a defect \|Q\^H Q - I\| = \d"),
+        (skew, r"triv='skew', of which a value has a defect"),
+        (lambda A: torch.matrix_exp(A) * (1 + 1e-5), r"a defect \|Q\^H Q - I\| = 2.0e-05"),
+        (lambda A: torch.matrix_exp(A) if A.is_complex() else A.exp(), "has a defect"),
+        (lambda A: A / 0, "is not finite"),
+        (lambda A: torch.matrix_exp(A)[0], r"has shape \(3, 3\), at matrices \(2, 3, 3\)"),
+        (lambda A: None, "is of type NoneType"),
+        (raises, "triv='raises', which raises RuntimeError: no such luck"),
+    ],
+)
+def test_other_maps_are_refused(triv, found):
+    with pytest.raises(ValueError, match=found) as caught:
+        check_trivialization(triv)
+    assert "should map skew-Hermitian to unitary matrices, as torch.matrix_exp, not torch.exp, does" in str(
+        caught.value
+    )
+    assert (caught.value.__cause__ is not None) == (triv is raises)
+
+
+def test_a_map_is_tried_without_a_graph_and_twice():
+    seen = []
+
+    def triv(A):
+        seen.append((A.dtype, A.shape, torch.is_grad_enabled()))
+        return torch.matrix_exp(A)
+
+    check_trivialization(triv)
+    assert seen == [(dtype, (2, 3, 3), False) for dtype in (torch.complex128, torch.float64)]
+    with pytest.raises(ValueError, match=r"Found 'exp'"):
+        check_trivialization("exp")
+    with pytest.raises(TypeError, match="callable"):
+        check_trivialization(3)
+
+
+def test_a_map_without_values_is_accepted():
+    with torch._subclasses.FakeTensorMode():
+        check_trivialization(torch.matrix_exp)
 
 
 # Retractions

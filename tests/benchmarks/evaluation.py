@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from orthoconv_param import orthogonal
-from orthoconv_param.conversion import direct_cost, spectral_cost
-from orthoconv_param.lattice import Lattice
-from orthoconv_param.spectral import spectral_conv
+from orthoconv_param.operators.evaluate import EVALUATORS, choose
+from orthoconv_param.torus.circular import spectral_conv
 
 GEOMETRIES = [  # axes, channels, kernel, groups, stride, side, batch
     (1, 16, 3, 1, 1, 64, 16),
@@ -65,7 +64,7 @@ def steps():
         module = orthogonal(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
         x = torch.randn(batch, channels, side, side).requires_grad_()
         G = torch.randn(batch, channels, side, side)
-        lattice, M = module._spectrum((side, side))
+        lattice, M = module.operator.spectrum((side, side))
         M = M.detach().requires_grad_()
         times = medians(
             [
@@ -99,26 +98,17 @@ def evaluations():
         domain = (side,) * axes
         x = torch.randn(batch, channels, *domain)
         taps = tuple(module.weight.shape[2:])
-        lattice = Lattice(domain, module.stride, groups)
+        operator = module.operator
 
-        def spectral(module=module, x=x, domain=domain, lattice=lattice):
-            lattice.spectrum(module.weight)
-            module._spectral(x, domain)
+        def evaluation(way, operator=operator, x=x, domain=domain):
+            return lambda: way.apply(way.prepare(operator, domain), x)
 
-        with parametrize.cached():
-            times = medians(
-                [
-                    lambda p=plain, x=x: p(x),
-                    lambda m=module, x=x, d=domain: m._direct(x, d),
-                    spectral,
-                ]
-            )
-        estimates = (
-            direct_cost(channels, channels, taps, lattice, batch) / 1e6,
-            spectral_cost(channels, channels, lattice, batch) / 1e6,
-        )
-        right = (estimates[0] < estimates[1]) == (times[1] < times[2])
-        choice = ("direct" if estimates[0] < estimates[1] else "spectral") + ("" if right else " (slower)")
+        estimates = [way.cost(operator, domain, batch) / 1e6 for way in EVALUATORS]
+        chosen = choose(operator, domain, batch)
+        with parametrize.cached():  # the exponential is not part of it
+            times = medians([lambda p=plain, x=x: p(x), *map(evaluation, EVALUATORS)])
+        right = chosen is EVALUATORS[times[1:].index(min(times[1:]))]
+        choice = chosen.name + ("" if right else " (slower)")
         row = f"{axes:<5}{channels:<4}{kernel:<2}{groups:<7}{stride:<7}{side:<5}{batch:<6}"
         print(f"{row:<36}{taps[0]:>4}{times[0]:>9.2f}{times[1]:>9.2f}{times[2]:>10.2f}", end="")
         print(f"{estimates[0]:>9.2f}{estimates[1]:>9.2f}  {choice}", flush=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from orthoconv_param import report, retrofit, set_orthogonality
-from orthoconv_param.lattice import smooth
+from orthoconv_param.torus.boundary import smooth
 
 LAYERS, CHANNELS, SIDE = 20, 64, 32
 SINGLE = [(16, 16, 1, 32), (64, 64, 1, 8), (64, 64, 1, 32), (64, 128, 2, 32)]  # in, out, stride, side

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from orthoconv_param import functional, orthogonal, retrofit, set_orthogonality
+from orthoconv_param.operators import evaluate
 
 sys.path.append(str(Path(__file__).parent.parent))
 from models import ConvLSTM
@@ -86,11 +87,11 @@ def test_iteration_ratio(channels, side, in_turn, device):
     x = torch.randn(channels, channels, side, side, device=device).requires_grad_()
     G = torch.randn_like(x)
     parameter = convolution.parametrizations.weight.original
-    _, M = convolution._spectrum((side, side))
+    _, M = convolution.operator.spectrum((side, side))
     H = torch.randn_like(M)
 
     def exponentiate():
-        torch.autograd.grad(convolution._spectrum((side, side))[1], parameter, H)
+        torch.autograd.grad(convolution.operator.spectrum((side, side))[1], parameter, H)
 
     with parametrize.cached():
         convolution(x)  # from here on the spectrum is known; its gradient is part of an iteration
@@ -103,7 +104,8 @@ def test_iteration_ratio(channels, side, in_turn, device):
 
 
 def iterate(convolution, x, G):
-    M = convolution._once(("spectrum", tuple(x.shape[2:])), None)[1].spectrum
+    way = evaluate.choose(convolution.operator, tuple(x.shape[2:]), len(x))
+    M = evaluate.prepared(way, convolution.operator, tuple(x.shape[2:])).matrices.spectrum
 
     def run():
         # the graph of the exponential is not part of it

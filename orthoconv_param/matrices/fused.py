@@ -1,7 +1,7 @@
 r"""The exponential of small skew matrices, and its derivative, each in one kernel for the GPU.
 
-One program takes one matrix from memory and gives its result back; nothing between is written. So
-the squarings are as many as that matrix needs, and neither the host nor another matrix waits.
+One program reads one matrix from memory and writes its result, and nothing between. So the squarings are as
+many as that matrix needs, and neither the host nor another matrix waits.
 
 Products are cheap here and registers are not, so the steps are those that keep few matrices at a time:
 Taylor's polynomial by powers up to ``A^3`` (Paterson and Stockmeyer), and of the derivative
@@ -18,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-IS_SUPPORTED = TorchVersion(triton.__version__) >= TorchVersion("3.5")  # older ones do not compile them
+IS_SUPPORTED = TorchVersion(triton.__version__) >= TorchVersion("3.5")  # older ones compile none
 DTYPES = (torch.float32, torch.complex64, torch.complex128)  # of float64 some make no product in a loop
 LARGEST = 32  # of which a few matrices fit into the registers of a block
 _SMALLEST_BLOCK = 16  # that tl.dot takes
 _TERMS = {torch.float32: (3, 15), torch.float64: (6, 25)}  # of the two series: see the loops
 
 # Note [matrices in a kernel]
-# A matrix is a pair, of its real and its imaginary part. Of a real one the latter is never read, and so
+# A matrix is a pair of its real and its imaginary part. The latter of a real matrix is never read, and so
 # never made.
 
 
@@ -78,7 +78,7 @@ def _squared_norm(A, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _scaled(A, n, RADIUS: tl.constexpr, COMPLEX: tl.constexpr):
-    """``A / 2^s``, its square, and ``s``; NaN where it is not finite. The bound is `norm_bound`'s."""
+    """Return ``A / 2^s``, its square and ``s``, by the bound of `norms`; NaN where it is not finite."""
     A2 = _product(A, A, COMPLEX)
     mean, root = _squared_norm(A, COMPLEX) / n, tl.sqrt(_squared_norm(A2, COMPLEX) / n)
     deviation = tl.sqrt(tl.maximum(root - mean, 0.0)) * tl.sqrt(root + mean)
@@ -97,7 +97,7 @@ def _scaled(A, n, RADIUS: tl.constexpr, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _series(A, A2, eye, one, TERMS: tl.constexpr, COMPLEX: tl.constexpr):
-    """Taylor's polynomial of ``exp(A)``, of degree ``3 TERMS + 2``."""
+    """Return Taylor's polynomial of ``exp(A)``, of degree ``3 TERMS + 2``."""
     A3 = _product(A2, A, COMPLEX)
     k = one * (3 * TERMS)
     re = eye + A[0] / (k + 1) + A2[0] / ((k + 1) * (k + 2))
@@ -113,7 +113,7 @@ def _series(A, A2, eye, one, TERMS: tl.constexpr, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _polish(Q, eye, COMPLEX: tl.constexpr):
-    """``Q (3 I - Q^H Q) / 2``."""
+    """Return ``Q (3 I - Q^H Q) / 2``."""
     gram = _product(_adjoint(Q), Q, COMPLEX)
     change = _product(Q, (eye - gram[0], -gram[1]), COMPLEX)
     return Q[0] + 0.5 * change[0], Q[1] + 0.5 * change[1]
@@ -121,9 +121,9 @@ def _polish(Q, eye, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _square(Q, eye, j, COMPLEX: tl.constexpr):
-    """The ``j``-th squaring."""
+    """Return the ``j``-th squaring."""
     Q = _product(Q, Q, COMPLEX)
-    if j % 6 == 5:  # as exponential.py does
+    if j % 6 == 5:  # see _POLISH_EVERY in squaring.py
         Q = _polish(Q, eye, COMPLEX)
     return Q
 
@@ -132,7 +132,7 @@ def _square(Q, eye, j, COMPLEX: tl.constexpr):
 def _begin(
     A, n: tl.constexpr, N: tl.constexpr, RADIUS: tl.constexpr, TERMS: tl.constexpr, COMPLEX: tl.constexpr
 ):
-    """``A / 2^s`` of this program, its exponential and ``s``; where it lies; the identity and 1."""
+    """Return ``A / 2^s`` of this program, its exponential and ``s``; where it lies; the identity and 1."""
     rows, columns = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
     offsets = tl.program_id(0).to(tl.int64) * (n * n) + rows * n + columns
     mask = (rows < n) & (columns < n)
@@ -147,7 +147,7 @@ def _begin(
 def expm_kernel(
     A, Q, n: tl.constexpr, N: tl.constexpr, RADIUS: tl.constexpr, TERMS: tl.constexpr, COMPLEX: tl.constexpr
 ):
-    """``Q = exp(skew(A))``."""
+    """Compute ``Q = exp(skew(A))``."""
     _, q, s, offsets, mask, eye, _ = _begin(A, n, N, RADIUS, TERMS, COMPLEX)
     for j in range(s):
         q = _square(q, eye, j, COMPLEX)
@@ -166,7 +166,7 @@ def expm_vjp_kernel(
     AD_TERMS: tl.constexpr,
     COMPLEX: tl.constexpr,
 ):
-    """``D = phi1(ad_A)(skew(exp(A)^H G))``, with ``skew(A)`` for ``A``."""
+    """Compute ``D = phi1(ad_A)(skew(exp(A)^H G))``, with ``skew(A)`` for ``A``."""
     a, first, s, offsets, mask, eye, one = _begin(A, n, N, RADIUS, TERMS, COMPLEX)
     q = first
     for j in range(s):
@@ -191,7 +191,7 @@ def expm_vjp_kernel(
 
 
 def launch(kernel: Any, n: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
-    """A kernel's constants and options, for matrices of a size and dtype."""
+    """Return a kernel's constants and options, for matrices of a size and dtype."""
     N = max(_SMALLEST_BLOCK, triton.next_power_of_2(n))
     terms, ad_terms = _TERMS[dtype.to_real()]
     constants = {"n": n, "N": N, "RADIUS": 1.25, "TERMS": terms, "COMPLEX": dtype.is_complex}
@@ -213,10 +213,10 @@ def _run(kernel: Any, *matrices: Tensor) -> Tensor:
 
 
 def expm(A: Tensor) -> Tensor:
-    """``exp(skew(A))`` of matrices ``(..., n, n)``, ``n <= LARGEST``, of one of `DTYPES`."""
+    """Return ``exp(skew(A))`` of matrices ``(..., n, n)``, ``n <= LARGEST``, of one of `DTYPES`."""
     return _run(expm_kernel, A)
 
 
 def expm_vjp(A: Tensor, G: Tensor) -> Tensor:
-    """The skew part of the gradient at ``A`` of `expm`, given the gradient ``G`` at its value."""
+    """Return the skew part of the gradient at ``A`` of `expm`, given the gradient ``G`` at its value."""
     return _run(expm_vjp_kernel, A, G)

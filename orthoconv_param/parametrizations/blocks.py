@@ -9,14 +9,18 @@ each ``Q_b`` square and unitary; elsewhere ``M`` is the spectrum of ordinary tap
 they are the groups of one `ConvExponential`.
 """
 
+from collections.abc import Mapping
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .lattice import Lattice, Size, crop
-from .parametrization import ConvExponential, no_autocast, precise
+from .. import runtime
+from ..checks import Size, at_least_single
+from ..torus.boundary import crop
+from ..torus.lattice import Lattice
+from .exponential import ConvExponential
 
 Block: TypeAlias = tuple[slice, slice]
 
@@ -41,6 +45,7 @@ class Blocks(nn.Module):
         self.blocks = resolve_blocks(blocks, size, groups)
         self.size = tuple(size)
         self.groups = groups
+        exponential.context["blocks"] = self.extra_repr()
         free = torch.ones(size[0], size[1], dtype=torch.bool)
         for rows, columns in self.blocks:
             free[rows, columns] = False
@@ -48,13 +53,21 @@ class Blocks(nn.Module):
         # and vmap of an ensemble would batch it, for which indexing (torch 2.13) gives wrong results.
         self._others = free.flatten().nonzero().flatten()
 
+    def reads_more_of(self, images: Size) -> bool:
+        """Return False: the kernel is that of a given domain."""
+        return False
+
+    def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        return self.exponential.difference(state_dict, prefix + "exponential.")
+
     @property
     def taps(self) -> Size:
         """Taps of the weight: one for each point of the torus."""
         return self.exponential.taps
 
     def forward(self, X: Tensor, rest: Tensor | None = None) -> Tensor:
-        """The kernel of a generator of the blocks and the taps of the rest.
+        """Return the kernel of a generator of the blocks and the taps of the rest.
 
         Args:
             X: the generator, ``(blocks * channels, channels, *taps)``.
@@ -65,22 +78,22 @@ class Blocks(nn.Module):
             ``(out, in/groups, *torus)``.
         """
         lattice, M = self.spectrum((X,) if rest is None else (X, rest))
-        with no_autocast(X.device.type):
+        with runtime.no_autocast(X.device.type):
             return lattice.kernel(M).to(X.dtype)
 
     def spectrum(
-        self, X: tuple[Tensor, ...], domain: Size | None = None, dilation: Size = ()
+        self, X: tuple[Tensor, ...], images: Size | None = None, dilation: Size = ()
     ) -> tuple[Lattice, Tensor]:
-        """The matrices of the kernel and the lattice on which they are, as `ConvExponential.spectrum`."""
+        """Return the matrices of the kernel and their lattice, as `ConvExponential.spectrum`."""
         lattice, Q = self.exponential.spectrum(X[0])
         whole = self._whole(lattice)
         phases = prod(whole.stride)
         out, cin = self.size[:2]
         M = Q.new_zeros(whole.frequencies, out * cin, phases)
         if len(X) > 1:
-            with no_autocast(X[1].device.type):
+            with runtime.no_autocast(X[1].device.type):
                 alone = Lattice(whole.domain, whole.stride, 1, whole.is_complex)
-                rest = alone.spectrum(precise(X[1]), self.exponential.placement)
+                rest = alone.spectrum(at_least_single(X[1]), self.exponential.placement)
             M[:, self._free(M.device)] = rest.squeeze(0).to(M.dtype)
         pairs = M.unflatten(1, (out, cin))
         for (rows, columns), block in zip(self.blocks, Q, strict=True):
@@ -90,7 +103,7 @@ class Blocks(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, W: Tensor) -> tuple[Tensor, ...]:
-        """The generator and the rest whose kernel is ``W``, with the blocks' nearest orthogonal kernels.
+        """Return the generator and the rest whose kernel is ``W``, its blocks made orthogonal.
 
         Raises:
             TypeError, ValueError: as `ConvExponential.right_inverse`; and if, outside of the blocks, ``W``
@@ -101,21 +114,21 @@ class Blocks(nn.Module):
 
     @torch.no_grad()
     def preimage(self, W: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """What `right_inverse` returns, and the buffers that it sets; nothing is changed."""
+        """Return what `right_inverse` returns, and the buffers that it sets; change nothing."""
         rest = self._rest(W)
         generator, buffers = self.exponential.preimage(self.stacked(W))
         return (generator, *rest), {f"exponential.{name}": value for name, value in buffers.items()}
 
     def loaded(self, generator: Tensor) -> None:
-        """That this generator has been loaded."""
+        """Take note of a generator that has been loaded."""
         self.exponential.loaded(generator)
 
     def stacked(self, W: Tensor) -> Tensor:
-        """The blocks of a weight, one after the other along its first axis."""
+        """Return the blocks of a weight, one after the other along its first axis."""
         return torch.cat([W[rows, columns] for rows, columns in self.blocks])
 
     def extra_repr(self) -> str:
-        """What ``print`` says of it."""
+        """Say what ``print`` says of it."""
         return ", ".join(f"[{r.start}:{r.stop}, {c.start}:{c.stop}]" for r, c in self.blocks)
 
     def _free(self, device: torch.device) -> Tensor:
@@ -149,7 +162,7 @@ class Blocks(nn.Module):
 
 
 def resolve_blocks(blocks: list[Block], size: Size, groups: int) -> list[Block]:
-    """Blocks with their starts and ends.
+    """Return blocks with their starts and ends.
 
     Raises:
         TypeError, ValueError: if they are not pairs of slices, all square and alike, each within one of

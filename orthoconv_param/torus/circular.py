@@ -10,7 +10,7 @@ all there is to its derivatives of every order, since they are the partial deriv
 So the gradient of any of them is made of the other two.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -18,120 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exponential import align
-from .lattice import Lattice, cut
+from .. import runtime
+from ..matrices.derivatives import align
+from .lattice import Lattice
 
 # Transforms are made in pieces of a batch: what one step writes the next reads from the cache, and its
 # memory is used again. Of at least 16 images: once transposed, neighbours then fill two cache lines.
 _PIECE_BYTES = 2**22
 _PIECE_IMAGES = 16
-_GATHERED_FREQUENCIES = 16  # at once
-_GATHERED_IMAGES = 256  # whose gradients at a shared spectrum are one product
 
 
-class Shared:
-    """A spectrum that the steps of a loop share.
-
-    Its gradient is a sum over them, each as large as itself; as one product for many steps it costs little
-    more than for one. So the steps' backward passes only leave their two factors here, and give a gradient
-    of zero to a token, a scalar that stands for the spectrum in the graph. Autograd reaches the token's
-    own backward pass after all of theirs: that makes the products.
-
-    Args:
-        spectrum: as of `spectral_conv`.
-        lattice: likewise.
-    """
-
-    def __init__(self, spectrum: Tensor, lattice: Lattice) -> None:
-        self.spectrum = spectrum
-        self.factors = _Factors(lattice)
-        plain = spectrum.requires_grad and not _is_transformed()
-        self.token = _Gather.apply(spectrum, self.factors) if plain else None
-
-    def gathers(self) -> bool:
-        """Whether only a backward pass may ask for derivatives."""
-        return self.token is not None and torch.is_grad_enabled() and not _is_transformed()
-
-
-def _is_transformed() -> bool:
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-
-
-class _Factors:
-    """Transforms of images, and of gradients, of which the products are still to be made and summed up.
-
-    Separately for each backward pass: one may run within another.
-    """
-
-    def __init__(self, lattice: Lattice) -> None:
-        self.lattice = lattice
-        self.waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.sums: dict[int, Tensor] = {}
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        waiting = self.waiting.setdefault(task, [])
-        waiting.append((y, x))
-        if sum(x.shape[-1] for _, x in waiting) >= _GATHERED_IMAGES:
-            self.multiply(task)
-
-    def multiply(self, task: int) -> None:
-        """Adds the products to the sum."""
-        waiting = self.waiting.pop(task, [])
-        if not waiting:
-            return
-        y, x = ([pair[i].flatten(0, 1) for pair in waiting] for i in (0, 1))
-        size = len(y[0]), y[0].shape[1], x[0].shape[1]
-        total = self.sums.get(task)
-        if total is None:
-            total = self.sums[task] = y[0].new_zeros(size)
-        for first in range(0, len(total), _GATHERED_FREQUENCIES):
-            part = slice(first, first + _GATHERED_FREQUENCIES)
-            Y, X = torch.cat([t[part] for t in y], -1), torch.cat([t[part] for t in x], -1)
-            total[part].baddbmm_(Y, X.conj_physical_().mT)
-
-    def take(self) -> Tensor | None:
-        """The sum, for the pass that is under way."""
-        task = torch._C._current_graph_task_id()
-        self.multiply(task)
-        total = self.sums.pop(task, None)
-        return None if total is None else _weighted(total, self.lattice)
-
-
-def _is_batched(x: Tensor) -> bool:
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether no derivative is asked for, and no map over a batch."""
-    return not (torch.is_grad_enabled() or _is_transformed() or _is_batched(x))
-
-
-class _Gather(torch.autograd.Function):
-    """The token of a shared spectrum."""
-
-    @staticmethod
-    def forward(ctx: Any, spectrum: Tensor, factors: _Factors) -> Tensor:
-        ctx.factors = factors
-        return spectrum.new_zeros((), dtype=spectrum.real.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.factors.take(), None
-
-
-def spectral_conv(
-    x: Tensor, spectrum: Tensor | Shared, lattice: Lattice, transposed: bool = False
-) -> Tensor:
-    r"""The circular convolution of images with a kernel that is given by its spectrum, or its transpose.
+def spectral_conv(x: Tensor, spectrum: Tensor, lattice: Lattice, transposed: bool = False) -> Tensor:
+    """Convolve images around a torus with a kernel that is given by its spectrum, or apply the transpose.
 
     Args:
         x: ``(batch, in, *domain)``; of the transpose, ``(batch, out, *grid)``. Real or complex, as the
             lattice is, in single or double precision.
-        spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`; or
-            shared by the steps of a loop.
+        spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`.
         lattice: of the spectrum; its domain is that of the images. Without a stride images may be smaller:
             they are continued by zeros, and the result is cut to their size.
         transposed: whether to apply the transpose of the operator instead, as ``conv_transpose`` does: of
@@ -141,27 +44,28 @@ def spectral_conv(
         ``(batch, out, *grid)``, or of the transpose ``(batch, in, *domain)``. First and second
         derivatives with respect to images and spectrum, forward mode and ``vmap`` work.
     """
+    return of_transpose(lambda x: _convolve(x, spectrum, lattice, transposed), x, transposed)
+
+
+def of_transpose(adjoint_or_not: Callable[[Tensor], Tensor], x: Tensor, transposed: bool) -> Tensor:
+    """Make of the adjoint, which is what is computed, the transpose: of complex images its conjugate."""
     if transposed and x.is_complex():
         # not by `conj`, whose views neither forward mode within `vmap` nor operators take
-        y = _convolve(torch.complex(x.real, -x.imag), spectrum, lattice, True)
+        y = adjoint_or_not(torch.complex(x.real, -x.imag))
         return torch.complex(y.real, -y.imag)
-    return _convolve(x, spectrum, lattice, transposed)
+    return adjoint_or_not(x)
 
 
-def _convolve(x: Tensor, spectrum: Tensor | Shared, lattice: Lattice, adjoint: bool) -> Tensor:
-    if isinstance(spectrum, Shared):
-        if spectrum.gathers():
-            return _Step.apply(x, spectrum.spectrum, spectrum.token, lattice, adjoint, spectrum.factors)
-        spectrum = spectrum.spectrum
+def _convolve(x: Tensor, spectrum: Tensor, lattice: Lattice, adjoint: bool) -> Tensor:
     # Unlike in Note [operator and Function], what is compiled or exported is made of torch's own
     # operators, which torch differentiates; and so is what nobody differentiates, to save their overhead.
-    if torch.compiler.is_compiling() or _is_plain(x):
-        return _apply(x, spectrum, lattice, adjoint)[0]
-    return _Apply.apply(x, spectrum, lattice, adjoint)[0]
+    if runtime.is_compiling() or runtime.is_plain(x):
+        return apply(x, spectrum, lattice, adjoint)[0]
+    return Apply.apply(x, spectrum, lattice, adjoint)[0]
 
 
-def _transform(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
-    """``(groups, frequencies, channels/groups, batch)`` of images on the domain, or on the coarse grid.
+def to_frequencies(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
+    """Transform images to ``(groups, frequencies, channels/groups, batch)``, from the domain or the grid.
 
     Smaller ones are continued by zeros. Batch last: the products with ``M``, with ``M^H`` and of two
     transforms all are then calls to BLAS.
@@ -188,8 +92,8 @@ def _forward(x: Tensor, lattice: Lattice) -> Tensor:
     return x
 
 
-def _image(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Tensor:
-    """The inverse of `_transform`, of the dtype and memory format of other images, and cut to their size.
+def from_frequencies(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Tensor:
+    """Return images from `to_frequencies`, of the dtype, memory format and size of others.
 
     (With a stride, where sizes differ, it is that of the torus.)
     """
@@ -208,11 +112,14 @@ def _image(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Ten
                 if max(lattice.stride) == 1:
                     phases = phases.narrow(axis, 0, size[axis - 2])
             phases = torch.fft.irfft(phases, n=lattice.grid[-1], norm="ortho")
-        return cut(lattice.interleave(phases) if fine else phases, size)
+        images = lattice.interleave(phases) if fine else phases
+        for axis, n in enumerate(size, start=2):
+            images = images.narrow(axis, 0, n)
+        return images
 
     channels = lattice.groups * transform.shape[2] // (prod(lattice.stride) if fine else 1)
     shape = (transform.shape[-1], channels, *size)
-    return _in_pieces(piece, transform, -1, shape, 0, like.dtype, _format(like))
+    return _in_pieces(piece, transform, -1, shape, 0, like.dtype, runtime.memory_format(like))
 
 
 def _in_pieces(
@@ -224,13 +131,13 @@ def _in_pieces(
     dtype: torch.dtype,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Applies a function to pieces of a batch, given the batch axes of its argument and of its result."""
+    """Apply a function to pieces of a batch, given the batch axes of its argument and of its result."""
     batch = size = x.shape[axis]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if runtime.may_wait(x.device) and not runtime.is_compiling():
         each = max(1, dtype.itemsize * prod(shape) // max(batch, 1))
         size = max(1, _PIECE_BYTES // each // _PIECE_IMAGES) * _PIECE_IMAGES
     if 0 < batch <= size:
-        return function(x).contiguous(memory_format=memory_format)
+        return runtime.owned(function(x), memory_format)
     result = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
     for start in range(0, batch, max(size, 1)):
         length = min(size, batch - start)
@@ -239,40 +146,32 @@ def _in_pieces(
 
 
 def _product(M: Tensor, x: Tensor, adjoint: bool) -> Tensor:
-    """``M x``, or ``M^H x``; with one inner channel, as in depthwise ones, without a call to BLAS."""
+    """Return ``M x``, or ``M^H x``; for one inner channel, as of depthwise ones, without BLAS."""
     if adjoint:  # the conjugate of M^T conj(x): M is the larger, and is read as it lies in memory
         return _product(M.mT, x.conj().resolve_conj(), False).conj().resolve_conj()
     return M * x if M.shape[-1] == 1 else M @ x
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """The memory format of images, which a convolution keeps."""
-    for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.ndim == axes and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return torch.contiguous_format
+def apply(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
+    """Return ``M x`` or ``M^H x``, and the transform of ``x``."""
+    transform = to_frequencies(x, lattice, fine=not adjoint)
+    return from_frequencies(_product(M, transform, adjoint), lattice, adjoint, x), transform
 
 
-def _apply(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
-    """The result, and the transform of ``x``."""
-    transform = _transform(x, lattice, fine=not adjoint)
-    return _image(_product(M, transform, adjoint), lattice, adjoint, x), transform
-
-
-def _outer(
+def outer(
     y: Tensor, x: Tensor, y_transform: Tensor | None, x_transform: Tensor | None, lattice: Lattice
 ) -> Tensor:
-    """The gradient at the spectrum; transforms that are known already may be given."""
+    """Return the gradient at the spectrum; transforms that are known already may be given."""
     if y_transform is None:
-        y_transform = _transform(y, lattice, fine=False)
+        y_transform = to_frequencies(y, lattice, fine=False)
     if x_transform is None:
-        x_transform = _transform(x, lattice, fine=True)
+        x_transform = to_frequencies(x, lattice, fine=True)
     flat = [t.flatten(0, 1) for t in (y_transform, x_transform)]
-    return _weighted(flat[0] @ flat[1].mH, lattice)
+    return weighted(flat[0] @ flat[1].mH, lattice)
 
 
-def _weighted(G: Tensor, lattice: Lattice) -> Tensor:
-    """The gradient at the spectrum that products ``(groups * frequencies, out, in)`` make."""
+def weighted(G: Tensor, lattice: Lattice) -> Tensor:
+    """Return the gradient at the spectrum that products ``(groups * frequencies, out, in)`` make."""
     G = G.unflatten(0, (lattice.groups, -1))
     if not lattice.is_complex:
         # The inverse transform of a half-spectrum reads every frequency twice but those on its edges.
@@ -285,9 +184,9 @@ def _weighted(G: Tensor, lattice: Lattice) -> Tensor:
 
 
 def _apply_fields(
-    x: Tensor, M: Tensor, domain: Sequence[int], stride: Sequence[int], groups: int, adjoint: bool
+    x: Tensor, M: Tensor, domain: list[int], stride: list[int], groups: int, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
-    return _apply(x, M, Lattice(tuple(domain), tuple(stride), groups, x.is_complex()), adjoint)
+    return apply(x, M, Lattice(tuple(domain), tuple(stride), groups, x.is_complex()), adjoint)
 
 
 def _outer_fields(
@@ -295,21 +194,32 @@ def _outer_fields(
     x: Tensor,
     y_transform: Tensor | None,
     x_transform: Tensor | None,
-    domain: Sequence[int],
-    stride: Sequence[int],
+    domain: list[int],
+    stride: list[int],
     groups: int,
 ) -> Tensor:
     lattice = Lattice(tuple(domain), tuple(stride), groups, x.is_complex())
-    return _outer(y, x, y_transform, x_transform, lattice)
+    return outer(y, x, y_transform, x_transform, lattice)
 
 
-for _name, _function in (("spectral_conv", _apply_fields), ("spectral_conv_outer", _outer_fields)):
-    _operator = torch.library.custom_op(f"orthoconv_param::{_name}", _function, mutates_args=())
+# (The schemas are spelt out because torch infers them from other annotations in each of its versions.)
+_GRID = "SymInt[] domain, SymInt[] stride, SymInt groups"
+_OPERATORS: dict[str, tuple[Callable[..., Any], str]] = {
+    "spectral_conv": (_apply_fields, f"(Tensor x, Tensor M, {_GRID}, bool adjoint) -> (Tensor, Tensor)"),
+    "spectral_conv_outer": (
+        _outer_fields,
+        f"(Tensor y, Tensor x, Tensor? y_transform, Tensor? x_transform, {_GRID}) -> Tensor",
+    ),
+}
+for _name, (_function, _schema) in _OPERATORS.items():
+    _operator = torch.library.custom_op(
+        f"orthoconv_param::{_name}", _function, mutates_args=(), schema=_schema
+    )
     _operator.register_fake(_function)  # plain torch: what it does says what it returns
 
 
-class _Apply(torch.autograd.Function):
-    """``apply(x, M)``, or ``adjoint(x, M)``; and the transform of ``x``, to be used again."""
+class Apply(torch.autograd.Function):
+    """Computes ``apply(x, M)``, or ``adjoint(x, M)``; and the transform of ``x``, to be used again."""
 
     @staticmethod
     def forward(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
@@ -329,20 +239,20 @@ class _Apply(torch.autograd.Function):
         x, M, transform = ctx.saved_tensors
         dx = dM = g_transform = None
         if ctx.needs_input_grad[0]:
-            dx, g_transform = _Apply.apply(g, M, ctx.lattice, not ctx.adjoint)
+            dx, g_transform = Apply.apply(g, M, ctx.lattice, not ctx.adjoint)
         if ctx.needs_input_grad[1]:
             # the operator takes images on the domain to images on the grid
             if ctx.adjoint:
-                dM = _Outer.apply(x, g, transform, g_transform, ctx.lattice)
+                dM = Outer.apply(x, g, transform, g_transform, ctx.lattice)
             else:
-                dM = _Outer.apply(g, x, g_transform, transform, ctx.lattice)
+                dM = Outer.apply(g, x, g_transform, transform, ctx.lattice)
         return dx, dM, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dM: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
         x, M = ctx.saved_tensors
         terms = [
-            _Apply.apply(*pair, ctx.lattice, ctx.adjoint)[0]
+            Apply.apply(*pair, ctx.lattice, ctx.adjoint)[0]
             for pair in ((dx, M), (x, dM))
             if pair[0] is not None and pair[1] is not None
         ]
@@ -353,48 +263,16 @@ class _Apply(torch.autograd.Function):
         # mapped images are a larger batch; with mapped spectra they are more groups
         if in_dims[1] is None:
             x = x.movedim(in_dims[0], 0)
-            y, transform = _Apply.apply(x.flatten(0, 1), M, lattice, adjoint)
+            y, transform = Apply.apply(x.flatten(0, 1), M, lattice, adjoint)
             sizes = x.shape[:2]
             return (y.unflatten(0, sizes), transform.unflatten(-1, sizes)), (0, 3)
         x, M = align((x, M), in_dims[:2], info.batch_size)
-        y, transform = _Apply.apply(_merge(x), M.flatten(0, 1), _times(lattice, len(M)), adjoint)
+        y, transform = Apply.apply(_merge(x), M.flatten(0, 1), _times(lattice, len(M)), adjoint)
         return (y.unflatten(1, (len(M), -1)), transform.unflatten(0, (len(M), -1))), (1, 0)
 
 
-class _Step(torch.autograd.Function):
-    """`_Apply` with a shared spectrum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, M: Tensor, token: Tensor, lattice: Lattice, adjoint: bool, factors: _Factors
-    ) -> Tensor:
-        y, transform = _apply(x, M, lattice, adjoint)
-        ctx.save_for_backward(x, M, transform)
-        ctx.lattice, ctx.adjoint, ctx.factors = lattice, adjoint, factors
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, M, transform = ctx.saved_tensors
-        dx = dM = g_transform = None
-        if ctx.needs_input_grad[0]:
-            apply = _apply if _is_plain(g) else _Apply.apply
-            dx, g_transform = apply(g, M, ctx.lattice, not ctx.adjoint)
-        if torch.is_grad_enabled() or _is_batched(g):  # to be differentiated again, or by `vmap`
-            pair = (x, g) if ctx.adjoint else (g, x)
-            dM = _Outer.apply(*pair, None, None, ctx.lattice)
-            return dx, dM, None, None, None, None
-        token = ctx.next_functions[2][0]
-        if not torch._C._will_engine_execute_node(token):  # nobody asks for the spectrum's gradient
-            return dx, None, None, None, None, None
-        if g_transform is None:
-            g_transform = _transform(g, ctx.lattice, fine=ctx.adjoint)
-        ctx.factors.add(*((transform, g_transform) if ctx.adjoint else (g_transform, transform)))
-        return dx, None, g.new_zeros((), dtype=g.real.dtype), None, None, None
-
-
-class _Outer(torch.autograd.Function):
-    """``outer(y, x)``; transforms that are known already may be given."""
+class Outer(torch.autograd.Function):
+    """Computes ``outer(y, x)``; transforms that are known already may be given."""
 
     @staticmethod
     def forward(
@@ -413,15 +291,15 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, N: Tensor) -> tuple[Tensor | None, ...]:
         y, x = ctx.saved_tensors
-        dy = _Apply.apply(x, N, ctx.lattice, False)[0] if ctx.needs_input_grad[0] else None
-        dx = _Apply.apply(y, N, ctx.lattice, True)[0] if ctx.needs_input_grad[1] else None
+        dy = Apply.apply(x, N, ctx.lattice, False)[0] if ctx.needs_input_grad[0] else None
+        dx = Apply.apply(y, N, ctx.lattice, True)[0] if ctx.needs_input_grad[1] else None
         return dy, dx, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dy: Tensor | None, dx: Tensor | None, *_: Any) -> Tensor:
         y, x = ctx.saved_tensors
         terms = [
-            _Outer.apply(*pair, None, None, ctx.lattice)
+            Outer.apply(*pair, None, None, ctx.lattice)
             for pair in ((dy, x), (y, dx))
             if pair[0] is not None and pair[1] is not None
         ]
@@ -443,12 +321,12 @@ class _Outer(torch.autograd.Function):
         ]
         images = [t if t is None else _merge(t) for t in tensors[:2]]
         transforms = [t if t is None else t.flatten(0, 1) for t in tensors[2:]]
-        dM = _Outer.apply(*images, *transforms, _times(lattice, info.batch_size))
+        dM = Outer.apply(*images, *transforms, _times(lattice, info.batch_size))
         return dM.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _merge(x: Tensor) -> Tensor:
-    """``(maps, batch, channels, ...)`` as ``(batch, maps * channels, ...)``."""
+    """Return ``(maps, batch, channels, ...)`` as ``(batch, maps * channels, ...)``."""
     return x.movedim(0, 1).flatten(1, 2)
 
 

@@ -1,0 +1,296 @@
+r"""`orthogonal`: a convolution module whose operator is orthogonal at the sizes that it is fed.
+
+`ConvExponential` makes a kernel orthogonal; here the module also applies it as the operator that is
+orthogonal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .checks import Size, per_axis
+from .matrices.maps import Trivialization
+from .module import install, operator_of
+from .operators.operator import Action
+from .parametrizations import signature
+from .parametrizations.exponential import ConvExponential
+from .torus.boundary import CIRCULAR, Boundary, boundary_named, boundary_of
+from .torus.geometry import CONVOLUTIONS, Geometry, torch_class
+from .torus.lattice import Lattice
+from .torus.placement import Placement
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def orthogonal(
+    module: _Module,
+    name: str = "weight",
+    *,
+    domain: int | Size | Literal["any"] = "any",
+    boundary: Literal["circular", "zeros"] | None = None,
+    triv: str | Trivialization = "expm",
+    base: bool | None = None,
+) -> _Module:
+    """Make the operator of a convolution orthogonal (complex: unitary) at the sizes that it is fed.
+
+        norm(module(x) - bias) == norm(x)
+
+    for every image ``x``, if the module gives at least as many numbers as it takes; if it gives fewer, its
+    adjoint has this property. All its singular values are 1 then. The module stays the same
+    object, of the same parameters, and is trained as before: its weight is parametrized by
+    `ConvExponential`. Kernel size, stride, groups and dilation may be any, real or complex, transposed or
+    not.
+
+    **The module becomes periodic**, whatever its padding was: that is ``boundary="circular"``. With
+    ``"zeros"`` the image is continued by zeros, the orthogonal operator of a larger torus is applied, and
+    the image is cut out. That is **not orthogonal**: it never expands (singular values at most 1), and
+    loses what crosses the image's edge. The smallest singular values of 16 channels on 16x16 images are
+    1e-3, and the norm of a state falls to 0.95 in one step, to 0.11 in a hundred.
+
+    Args:
+        module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps
+            the size (divided by the stride).
+        name: of the kernel.
+        domain: ``"any"``: images of every size, several in turn too. The weight *is* the generator, and
+            the kernel has as many taps as its exponential needs in the weight's dtype. For stride 1 and as
+            many output as input channels, the operator is the exponential of the skew part of what it was.
+            A size: only images of that size (of a transposed convolution: outputs). It starts at the
+            orthogonal operator nearest to the periodic one that the weight was before.
+        boundary: ``"circular"`` or ``"zeros"``. Default: ``"circular"``, for modules whose padding mode is
+            either of these; one that mirrors or repeats the image's edge has to be told.
+        triv: ``"expm"``, ``"cayley"`` or a callable, as of `ConvExponential`.
+        base: as of `ConvExponential`. Default: True with a given size, else False.
+
+    Returns:
+        ``module``, with ``module.parametrizations.weight``. ``module.weight`` is the kernel, ``K`` x ``K``
+        or of the size of the domain. ``kernel_size``, ``padding``, ``padding_mode`` and ``dilation`` are
+        those of the operator.
+
+    Raises:
+        TypeError: if ``module`` is no convolution, or an argument is not of its kind.
+        ValueError: if the convolution does not keep the size; if its padding mode is ``"reflect"`` or
+            ``"replicate"`` and no boundary is given; if the domain is smaller than the kernel, or
+            not divisible by the stride; if no semi-orthogonal operator of that stride and dilation
+            exists; if the weight is not finite, or parametrized already. Nothing is changed then.
+            On use: if an image is not of the domain's size, or not divisible by the stride; with
+            ``"any"``, if training takes the generator's norm to where no kernel of 1025 taps holds it.
+
+    ``parametrize.cached()`` makes a loop compute the exponential, and the kernel's transform, once.
+    ``parametrize.remove_parametrizations(module, "weight")`` leaves a module that computes the same: one of
+    torch's own classes, if torch can compute it at the sizes that the module has been called with. Its
+    weight has another shape than the generator had, so it needs a new optimizer.
+
+    With ``"any"`` the kernel's size follows the generator's norm. Under ``torch.compile`` and ``vmap`` it
+    cannot, and stays what the last ordinary call made it: call the module once in a while outside of
+    them during training, or the defect grows.
+
+    Cost: that of `ConvExponential`, and for each image of ``N`` points the transforms of its channels
+    and ``2 N`` real multiplications for each pair of channels. Where a direct convolution costs
+    less, it is used.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from orthoconv_param import orthogonal, orthogonality_defect
+        >>> conv = orthogonal(nn.Conv2d(8, 8, 3, padding=1, bias=False))
+        >>> x = torch.randn(2, 8, 20, 31)
+        >>> torch.allclose(conv(x).norm(), x.norm())
+        True
+        >>> orthogonality_defect(conv, domain=(20, 31)) < 1e-5
+        True
+    """
+    conversion = Conversion.of(module, name, domain, boundary)
+    owner = repr(module).partition("\n")[0]
+    conversion.install(conversion.exponential(owner, triv=triv, base=base))
+    return module
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a convolution is to be made orthogonal, once everything about it has been checked.
+
+    Args:
+        module: the convolution.
+        generator: the geometry of what is exponentiated: the weight, or the stacked blocks of it.
+        torus: on which it is exponentiated, or ``"any"``.
+        action: how the kernel then acts.
+    """
+
+    module: Any
+    generator: Geometry
+    torus: Size | Literal["any"]
+    action: Action
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        name: str,
+        domain: int | Size | Literal["any"],
+        boundary: str | None,
+        part: tuple[int, int, int] | None = None,
+        small: bool = False,
+    ) -> "Conversion":
+        """Check everything, and change nothing.
+
+        Args:
+            module: as of `orthogonal`.
+            name: likewise.
+            domain: likewise.
+            boundary: likewise.
+            part: channels out and in, and groups, of the part of the weight that is to be orthogonal.
+            small: whether a single tap, which sees no domain, takes every size. And whether the domain may
+                be smaller than the kernel where images do not wrap around: the torus holds its taps.
+
+        Raises:
+            TypeError, ValueError: as `orthogonal` does.
+        """
+        _check_module(module, name)
+        edges = _boundary(module, boundary)
+        if domain is None or (isinstance(domain, str) and domain != "any"):
+            kind = TypeError if domain is None else ValueError
+            raise kind(f'domain should be "any", a size, or a tuple of sizes. Found {domain!r}')
+        whole = geometry_of(module)
+        taps, stride = whole.taps, whole.stride
+        out, cin, groups = part or (*whole.size[:2], whole.groups)
+        size = (out, cin, *taps)
+        whole.check_existence(size, groups)
+        generator = replace(whole, size=size, groups=groups, transposed=False)
+        ones = (1,) * len(taps)
+        if isinstance(domain, str):
+            # A compact kernel of undilated taps costs less than one of dilated taps. Dilated afterwards it
+            # is orthogonal too, as long as that only permutes the stride's aliases.
+            origin, dilation = whole.placement.origin, whole.dilation
+            axes = zip(origin, dilation, stride, strict=True)
+            inner = tuple(1 if o % r == 0 and gcd(r, s) == 1 else r for o, r, s in axes)
+            outer = tuple(r // i for r, i in zip(dilation, inner, strict=True))
+            origin = tuple(o // r for o, r in zip(origin, outer, strict=True))
+            generator = replace(generator, placement=Placement(inner, origin))
+            return cls(module, generator, "any", Action(whole, edges, None, outer))
+        sizes = per_axis("domain", domain, len(taps))
+        folds = small and not edges.is_periodic
+        Lattice.of_kernel(size, whole.is_complex, sizes, stride, groups, whole.dilation, folds)
+        if max(taps) == 1:  # sees one frequency like any other: one coarse point, and no boundary
+            found = None if small else sizes
+            return cls(module, generator, stride, Action(whole, CIRCULAR, found, whole.dilation))
+        torus = edges.torus(sizes, whole.placement.extent(taps), stride)
+        return cls(module, generator, torus, Action(whole, edges, sizes, ones))
+
+    def exponential(
+        self, owner: str | None, kind: type[ConvExponential] = ConvExponential, **options: Any
+    ) -> ConvExponential:
+        """Return the parametrization of what is to be orthogonal.
+
+        Args:
+            owner: the module, in words, for errors.
+            kind: of parametrization.
+            options: of its constructor.
+        """
+        action = self.action
+        images = "any" if action.domain is None else signature.by_axis(action.domain)
+        context = {"boundary": action.boundary.name, "images": images}
+        return kind.placed(self.generator, self.torus, owner, context, **options)
+
+    def install(self, parametrization: nn.Module) -> Callable[[], None]:
+        """Register it, and have the module evaluated accordingly; return what undoes that."""
+        return install(self.module, parametrization, self.action)
+
+
+def geometry_of(module: Any, keeps_size: bool = True) -> Geometry:
+    """Return the geometry of a convolution with its present kernel.
+
+    Raises:
+        ValueError: if its padding does not keep the size, and ``keeps_size``.
+    """
+    operator = operator_of(module)
+    if operator is None:
+        return Geometry.of(module, keeps_size=keeps_size)
+    taps = operator.weight.taps or tuple(operator.kernel().shape[2:])
+    placement = Placement.centred(taps, operator.action.dilation)
+    size = (*operator.geometry.size[:2], *taps)
+    return replace(operator.geometry, size=size, placement=placement)
+
+
+def convolves(module: nn.Module) -> bool:
+    """Return True if a module does to its weight and input what torch's class, or this package's, does."""
+    methods = ("forward", "_conv_forward")
+    if any(name in vars(module) for name in methods):  # replaced on this module alone
+        return False
+    if operator_of(module) is not None:
+        return True
+    base = torch_class(module)
+    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in methods)
+
+
+def _boundary(module: Any, name: str | None) -> Boundary:
+    """Return the boundary that is asked for.
+
+    Raises:
+        ValueError: if there is none of that name, or none can be taken for granted.
+    """
+    if name is not None:
+        return boundary_named(name)
+    if boundary_of(module) is None:
+        raise ValueError(
+            f"padding_mode={module.padding_mode!r} counts pixels near the edge several times, so that no "
+            "kernel makes it orthogonal: boundary should be given, "
+            'boundary="circular" to make the module periodic, or "zeros". Found None'
+        )
+    return CIRCULAR
+
+
+def _check_module(module: Any, name: str) -> None:
+    """Raise if a module cannot be made orthogonal, whatever its geometry.
+
+    Raises:
+        TypeError, ValueError: then; they name the way out.
+    """
+    convolution = torch_class(module)
+    if convolution is None:
+        raise TypeError(f"module should be an nn.Conv* or nn.ConvTranspose*{_way_out(module)}")
+    if parametrize.is_parametrized(module):
+        found = {
+            key: [type(p).__qualname__ for p in stack] for key, stack in module.parametrizations.items()
+        }
+        removal = ", ".join(f"remove_parametrizations(module, {key!r})" for key in found)
+        raise ValueError(
+            f"module should not be parametrized yet: torch.nn.utils.parametrize.{removal} keeps the "
+            f"present value. Found parametrizations of {found}"
+        )
+    if not convolves(module):
+        raise ValueError(
+            f"module should compute what nn.{convolution.__name__} does. "
+            f"Found {type(module).__name__}, with a forward of its own"
+        )
+    if not isinstance(name, str) or module._parameters.get(name) is None:
+        why = ""
+        if isinstance(name, str) and name in module._buffers:
+            why = f", a buffer: del module.{name}, then module.{name} = nn.Parameter(...)"
+        elif name == "weight":
+            why = ", which hooks compute: remove spectral_norm, weight_norm or prune first"
+        raise ValueError(
+            f"name should be that of a parameter: {[*module._parameters]}. Found {name!r}{why}"
+        )
+    if name != "weight":
+        raise ValueError(f'name should be "weight", with which the module convolves. Found {name!r}')
+    if nn.parameter.is_lazy(module.weight):
+        raise ValueError("module should know its size: call it once before. Found a lazy module")
+
+
+def _way_out(module: Any) -> str:
+    """Say what is to be done with something that is no convolution."""
+    if isinstance(module, type) and issubclass(module, CONVOLUTIONS):
+        return f": make one first. Found the class {module.__name__}"
+    name = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return f": torch.nn.utils.parametrizations.orthogonal is made for nn.Linear. Found {name}"
+    if isinstance(module, nn.Module) and any(isinstance(m, CONVOLUTIONS) for m in module.modules()):
+        return (
+            ". Of a container each convolution is converted by itself, in a loop over its modules(), or "
+            f"all by retrofit(container, example, anneal=False). Found {name}"
+        )
+    return f". Found {name}"

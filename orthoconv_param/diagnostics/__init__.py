@@ -1,0 +1,1 @@
+"""Singular values of convolutions: as numbers, as a table, as plots."""

@@ -1,0 +1,248 @@
+"""`report`: a table of what each convolution of a model does to the size of its input."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import nan, prod
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..checks import Size
+from ..models import by_name, convolutions_of, sizes
+from ..module import operator_of
+from ..parametrizations.annealed import Annealed
+from ..parametrizations.blocks import Block, Blocks, resolve_blocks
+from ..parametrizations.exponential import ConvExponential
+from ..torus.geometry import torch_class
+from ..torus.lattice import Lattice
+from .values import of_dense, on_torus
+
+_LARGEST_REPORTED = 2**20  # entries of a dense matrix: a second
+
+_Parametrized: TypeAlias = Literal["yes", "no", "blocks"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One convolution of a `Report`, or one block of it, on images of one size.
+
+    Args:
+        name: as in ``model.named_modules()``; of a block with its slices.
+        geometry: in words.
+        domain: size of the images that it is fed (transposed: that it gives); None if the example does not
+            reach it.
+        torus: on which the singular values are: the domain; or with zero padding the larger one, on which
+            the image lies between zeros.
+        smallest: singular value there; nan if it is not known.
+        largest: likewise.
+        defect: ``max |singular value - 1|``.
+        parametrized: ``"yes"``, ``"no"``, or ``"blocks"`` if only these of it are orthogonal.
+        t: how far annealing is, 1 for orthogonal; None if it is not parametrized.
+        parameters: how many numbers the convolution trains, its bias included; a block, its taps.
+        share: of the model's.
+    """
+
+    name: str
+    geometry: str
+    domain: Size | None
+    torus: Size | None
+    smallest: float
+    largest: float
+    defect: float
+    parametrized: _Parametrized
+    t: float | None
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found: ``rows``, which ``str`` puts in a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        titles = (
+            *("name", "convolution", "domain", "smallest", "largest", "defect", "parametrized", "t"),
+            "parameters",
+        )
+        table = [titles, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 3 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ).rstrip()
+            for cells in table
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        if any(row.torus != row.domain for row in self.rows):
+            lines.append(
+                "(a in b: images of size a, continued by zeros to the torus b, on which the values are.\n"
+                "What the module does is a part of that operator: no singular value of it is larger.)"
+            )
+        return "\n".join(lines)
+
+
+def report(
+    model: nn.Module, example_inputs: Any, *, blocks: Mapping[str, Iterable[Block]] | None = None
+) -> Report:
+    r"""The singular values of each convolution of a model, on the images that it is fed.
+
+    The model is run once, as `retrofit` runs it. With zero padding, the operator is the part that acts on
+    the image of one on a larger torus, and the values are of that one: the exact ones of the part
+    are bounded by its largest, and take a dense matrix (`singular_values`).
+
+    Args:
+        model: any module.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keywords.
+        blocks: as of `retrofit`: blocks of a weight that get rows of their own, besides those that are
+            parametrized.
+
+    Returns:
+        A `Report`, whose ``rows`` are numbers, and whose ``str`` is a table: for each convolution
+        its geometry, domain, smallest and largest singular value, defect, whether it is parametrized (or
+        blocks of it), ``t``, number of parameters. Values are nan ("?") where the operator is not
+        periodic for another reason (mirrored images, a forward of its own) and its dense matrix has more
+        than ``2^20`` entries. One that sees several sizes has a row for each.
+
+    Raises:
+        TypeError, ValueError: if ``blocks`` are not as above, or a weight is not finite.
+
+    Cost: one call of the model, and one singular value decomposition for each frequency.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from orthoconv_param import report, retrofit
+        >>> model = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.Conv1d(2, 1, 1))
+        >>> _ = nn.init.dirac_(model[0].weight), nn.init.constant_(model[1].weight, 0.5)
+        >>> x = torch.randn(1, 2, 8)
+        >>> print(report(retrofit(model, x, select="1"), x))
+        name  convolution                   domain   smallest  largest   defect  parametrized  t  parameters
+        ----------------------------------------------------------------------------------------------------
+        0     Conv1d 2 -> 2, 3 taps, zeros  8 in 10         1        1  0.0e+00            no  -  14 (82.4%)
+        1     Conv1d 2 -> 1, 1 tap          8          0.7071   0.7071  2.9e-01           yes  0   3 (17.6%)
+        (a in b: images of size a, continued by zeros to the torus b, on which the values are.
+        What the module does is a part of that operator: no singular value of it is larger.)
+    """
+    names = convolutions_of(model)
+    asked = {names[name]: pairs for name, pairs in by_name(blocks or {}, names).items()}
+    seen = sizes(model, example_inputs)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rows: list[Row] = []
+    for name, module in model.named_modules():  # each once, by its first name
+        if name not in names:
+            continue
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+            raise ValueError(f"the parameters of {name or 'the model'} should be finite. Found nan or inf")
+        with torch.no_grad(), parametrize.cached():  # a parametrized weight is computed once
+            for size in seen.get(module, [None]):
+                rows += _rows(name, module, size, asked.get(module, []), total)
+    return Report(tuple(rows))
+
+
+def _rows(name: str, module: Any, size: Size | None, asked: list[Block], total: int) -> list[Row]:
+    parts = list(module.modules())
+    exponential = next((part for part in parts if isinstance(part, ConvExponential)), None)
+    stack = next((part for part in parts if isinstance(part, Blocks)), None)
+    t = exponential.progress if isinstance(exponential, Annealed) else 1.0
+    constrained = stack.blocks if stack is not None else []
+
+    def row(title: str, geometry: str, block: Block | None, how: _Parametrized, parameters: int) -> Row:
+        values, torus = _on_torus(module, size, block)
+        extremes = (nan, nan, nan)
+        if values is not None:
+            extremes = values.min().item(), values.max().item(), (values - 1).abs().max().item()
+        share = parameters / max(total, 1)
+        now = None if how == "no" else t
+        return Row(title, geometry, size, torus, *extremes, how, now, parameters, share)
+
+    whole: _Parametrized = "no" if exponential is None else "yes" if stack is None else "blocks"
+    count = sum(parameter.numel() for parameter in module.parameters())
+    rows = [row(name, _geometry(module), None, whole, count)]
+    for block in constrained + [b for b in _resolved(asked, module) if b not in constrained]:
+        r, c = block
+        side = r.stop - r.start
+        title = f"{name}[{r.start}:{r.stop}, {c.start}:{c.stop}]"
+        how: _Parametrized = "yes" if block in constrained else "no"
+        rows.append(row(title, f"block {side} x {side}", block, how, side**2 * prod(_free_taps(module))))
+    return rows
+
+
+def _resolved(blocks: list[Block], module: Any) -> list[Block]:
+    return resolve_blocks(blocks, module.weight.shape, module.groups) if blocks else []
+
+
+def _geometry(module: Any) -> str:
+    convolution = torch_class(module)
+    assert convolution is not None
+    sides = _free_taps(module)
+    single = max(sides) == 1
+    taps = "x".join(map(str, sides))
+    if len(sides) == 1:
+        taps += " tap" if single else " taps"
+    details = [
+        taps,
+        *(
+            f"{key} {max(value) if len(set(value)) == 1 else value}"
+            for key, value in (("stride", module.stride), ("dilation", _dilation(module)))
+            if max(value) > 1
+        ),
+        *([f"groups {module.groups}"] if module.groups > 1 else []),
+        *([] if single else [module.padding_mode]),
+    ]
+    return f"{convolution.__name__} {module.in_channels} -> {module.out_channels}, {', '.join(details)}"
+
+
+def _free_taps(module: Any) -> Size:
+    """Return the taps that are trained."""
+    operator = operator_of(module)
+    return tuple(module.kernel_size) if operator is None else operator.geometry.taps
+
+
+def _dilation(module: Any) -> Size:
+    operator = operator_of(module)
+    return tuple(module.dilation) if operator is None else operator.geometry.dilation
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def size(numbers: Size) -> str:
+        return "x".join(map(str, numbers))
+
+    domain = "not reached"
+    if row.domain is not None:
+        domain = size(row.domain)
+        if row.torus is not None and row.torus != row.domain:
+            domain += f" in {size(row.torus)}"
+    smallest, largest = ("?" if x != x else f"{x:.4g}" for x in (row.smallest, row.largest))
+    return (
+        row.name or "(model)",
+        row.geometry,
+        domain,
+        smallest,
+        largest,
+        "?" if row.defect != row.defect else f"{row.defect:.1e}",
+        row.parametrized,
+        "-" if row.t is None else f"{row.t:.3g}",
+        f"{row.parameters} ({row.share:.1%})",
+    )
+
+
+def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tensor | None, Size | None]:
+    """Singular values of a module, or of a block of its weight, and the torus on which they are."""
+    if size is None:
+        return None, None
+    acting = on_torus(module, size)
+    if acting is not None:
+        if block is not None:
+            kernel = acting.kernel[block]
+            lattice = Lattice(acting.lattice.domain, module.stride, 1, kernel.is_complex())
+            acting = acting._replace(kernel=kernel, lattice=lattice)
+        return acting.singular_values(), acting.lattice.domain
+    entries = module.in_channels * module.out_channels * prod(size) ** 2 // prod(module.stride)
+    if block is None and entries <= _LARGEST_REPORTED:
+        return of_dense(module, size), size
+    return None, size

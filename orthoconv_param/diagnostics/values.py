@@ -1,0 +1,233 @@
+"""Singular values of convolutions: how they change the size of their input."""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import Size, check_dtype, check_finite, count, per_axis
+from ..convert import convolves, geometry_of
+from ..module import operator_of
+from ..torus.boundary import boundary_of
+from ..torus.geometry import CONVOLUTIONS
+from ..torus.lattice import Lattice
+from ..torus.placement import Placement
+
+_LARGEST_DENSE = 2**27  # entries: one gigabyte
+
+
+def singular_values(
+    convolution: Tensor | nn.Module,
+    domain: int | Size,
+    *,
+    stride: int | Size = 1,
+    groups: int = 1,
+    dilation: int | Size = 1,
+) -> Tensor:
+    r"""All singular values of a convolution on images of a given size.
+
+    Of a kernel: of the operator that it is on periodic images. Of a module: of the operator that the
+    module is, its bias aside. Exact: where the operator is periodic and keeps the size, it is block
+    diagonal in frequency, and computed in double precision from the kernel; a kernel larger than the
+    domain is folded onto it, which is what it does there. Any other module (with zero padding, or a
+    forward of its own) is applied to each unit image, and the dense matrix is decomposed.
+
+    Args:
+        convolution: a kernel ``(out, in/groups, *taps)``, or ``(in, out/groups, *taps)`` of a transposed
+            convolution; or an ``nn.Conv*`` or ``nn.ConvTranspose*``, orthogonal or not.
+        domain: size of the images (of a transposed convolution: of its output), one for each axis or one
+            for all.
+        stride: of a kernel's convolution; a module has its own.
+        groups: likewise.
+        dilation: likewise.
+
+    Returns:
+        float64. Of a kernel or a periodic module, ``(groups, frequencies, min(out/groups, in/groups *
+        s^d))``, in descending order for each frequency; of a real kernel, the half of the frequencies
+        that ``rfftn`` keeps. Of any other module all of them, in descending order.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not describe a convolution, or are not finite; for a
+            module that is not periodic, if its dense matrix has more than ``2^27`` entries.
+
+    Cost: one singular value decomposition for each frequency, or one of the dense matrix.
+
+    Source: Sedghi, Gupta, Long, *The singular values of convolutional layers*, arXiv:1805.10408.
+
+    Example:
+        >>> import torch
+        >>> from orthoconv_param import singular_values
+        >>> singular_values(torch.ones(1, 1, 1, 2), domain=(1, 4)).flatten().tolist()
+        [2.0, 1.4142135623730951, 0.0]
+    """
+    if isinstance(convolution, nn.Module):
+        if (stride, groups, dilation) != (1, 1, 1):
+            raise ValueError(
+                "stride, groups and dilation should not be given with a module, which has its own"
+            )
+        return _of_module(convolution, domain)
+    return kernel_on_torus(convolution, domain, stride, groups, dilation).singular_values()
+
+
+def orthogonality_defect(
+    convolution: Tensor | nn.Module,
+    domain: int | Size,
+    *,
+    stride: int | Size = 1,
+    groups: int = 1,
+    dilation: int | Size = 1,
+) -> float:
+    r"""How far a convolution is from orthogonal: ``max |singular value - 1|`` on images of a given size.
+
+    Args:
+        convolution: a kernel or a module, as in `singular_values`.
+        domain: size of the images.
+        stride: of a kernel's convolution.
+        groups: of a kernel's convolution.
+        dilation: of a kernel's convolution.
+
+    Returns:
+        0 for an orthogonal convolution, and for a semi-orthogonal one where channels differ.
+
+    Raises:
+        TypeError, ValueError: as `singular_values` does.
+
+    Cost: that of `singular_values`.
+
+    Example:
+        >>> import torch
+        >>> from orthoconv_param import functional, orthogonality_defect
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> w = functional.nearest_orthogonal(torch.randn(8, 8, 3, 3, dtype=torch.float64))
+        >>> [f"{orthogonality_defect(w, n):.0e}" for n in (3, 32)]  # its own grid, and a larger one
+        ['1e-15', '1e+00']
+    """
+    values = singular_values(convolution, domain, stride=stride, groups=groups, dilation=dilation)
+    return (values - 1).abs().max().item()
+
+
+def _of_module(module: Any, domain: int | Size) -> Tensor:
+    check_convolution(module)
+    grid = per_axis("domain", domain, len(module.stride))
+    if module.transposed and any(n % s for n, s in zip(grid, module.stride, strict=True)):
+        raise ValueError(f"domain should be divisible by the stride {module.stride}. Found {grid}")
+    acting = on_torus(module, grid)
+    return acting.singular_values() if acting is not None and acting.is_whole else of_dense(module, grid)
+
+
+def check_convolution(module: Any) -> None:
+    """Raise unless a module is a convolution.
+
+    Raises:
+        TypeError: then.
+    """
+    if not isinstance(module, CONVOLUTIONS):
+        raise TypeError(
+            "convolution should be a kernel, an nn.Conv* or an nn.ConvTranspose*. "
+            f"Found {type(module).__name__}"
+        )
+
+
+class OnTorus(NamedTuple):
+    """Where and how a kernel acts on a torus.
+
+    Args:
+        kernel: the kernel.
+        lattice: the torus.
+        placement: of the kernel's taps.
+        is_whole: whether the images fill the torus, so that the operator there is what the module does.
+    """
+
+    kernel: Tensor
+    lattice: Lattice
+    placement: Placement
+    is_whole: bool
+
+    def spectrum(self) -> Tensor:
+        """Compute its matrices in double precision."""
+        check_finite("convolution", self.kernel)
+        double = torch.complex128 if self.kernel.is_complex() else torch.float64
+        with torch.no_grad():
+            return self.lattice.spectrum(self.kernel.detach().to(double), self.placement)
+
+    def singular_values(self) -> Tensor:
+        """Compute the singular values of its matrices, ``(groups, frequencies, rank)``."""
+        return torch.linalg.svdvals(self.spectrum())
+
+
+def kernel_on_torus(
+    kernel: Tensor,
+    domain: int | Size,
+    stride: int | Size = 1,
+    groups: int = 1,
+    dilation: int | Size = 1,
+) -> OnTorus:
+    """Return how a kernel acts on periodic images, centred.
+
+    Raises:
+        TypeError, ValueError: if these do not describe a convolution.
+    """
+    check_dtype("convolution", kernel)
+    axes = kernel.ndim - 2
+    per_axis("domain", domain, max(axes, 1))  # not None
+    count("groups", groups)
+    lattice = Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, stride, groups, folds=True)
+    placement = Placement.centred(tuple(kernel.shape[2:]), per_axis("dilation", dilation, axes))
+    return OnTorus(kernel, lattice, placement, True)
+
+
+def on_torus(convolution: Tensor | nn.Module, domain: Size) -> OnTorus | None:
+    """Return how a module acts on the torus of images of a domain: between zeros, if it pads by them.
+
+    None if it does otherwise: if its padding mirrors, does not keep the size, or its forward is its own.
+
+    Raises:
+        ValueError: if a module of this package does not take the domain.
+    """
+    module: Any = convolution
+    if not convolves(module) or bool(module._forward_pre_hooks or module._forward_hooks):
+        return None
+    operator = operator_of(module)
+    boundary = operator.boundary if operator is not None else boundary_of(module)
+    try:
+        geometry = geometry_of(module)
+    except ValueError:  # its padding does not keep the size
+        return None
+    if operator is not None:
+        operator.action.check_domain(domain)
+    if boundary is None or any(n % s for n, s in zip(domain, geometry.stride, strict=True)):
+        return None
+    kernel = module.weight.detach()
+    torus = boundary.torus(domain, geometry.placement.extent(geometry.taps), geometry.stride)
+    if operator is not None and operator.action.domain is not None and not boundary.is_periodic:
+        torus = geometry.taps  # its kernel is what it is on that torus
+    return OnTorus(kernel, geometry.lattice(torus), geometry.placement, boundary.is_periodic)
+
+
+@torch.no_grad()
+def of_dense(module: Any, domain: Size) -> Tensor:
+    """Compute the singular values of a module's dense matrix, by its own forward.
+
+    Raises:
+        ValueError: if the matrix has more than ``2^27`` entries, or is not finite.
+    """
+    size = domain
+    if module.transposed:
+        size = tuple(n // s for n, s in zip(domain, module.stride, strict=True))
+    numbers = module.in_channels * prod(size)
+    zero = torch.zeros(1, module.in_channels, *size, dtype=module.weight.dtype, device=module.weight.device)
+    bias = module(zero)
+    if numbers * bias.numel() > _LARGEST_DENSE:
+        raise ValueError(
+            f"domain should be smaller: the dense matrix of a module that is not periodic should have at "
+            f"most {_LARGEST_DENSE} entries. Found {bias.numel()} x {numbers}. (The periodic operator of "
+            "module.weight is cheap.)"
+        )
+    pieces = (
+        torch.eye(numbers, dtype=zero.dtype, device=zero.device).reshape(-1, *zero.shape[1:]).split(256)
+    )
+    matrix = torch.cat([(module(piece) - bias).flatten(1) for piece in pieces])
+    check_finite("convolution", matrix)
+    return torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float64)))

@@ -1,0 +1,224 @@
+"""Checkpoints, and what the removal of a parametrization leaves."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+import torch
+from torch import Tensor, nn
+
+from . import runtime
+from .checks import Size
+from .operators.evaluate import convolve
+from .operators.operator import Action, Operator
+from .operators.weight import Fixed, Parametrized
+from .torus.boundary import margins
+
+# Checkpoints
+
+
+def translate(weight: Parametrized, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    """Make a checkpoint that is loaded into an orthogonal module one of its parametrization.
+
+    A checkpoint of the plain convolution means: start from these weights. One of something else is refused:
+    an error is noted, and the values that the module has are loaded.
+
+    Args:
+        weight: of the module.
+        state_dict: is changed.
+        prefix: of the module's keys.
+        error_msgs: as of ``Module._load_from_state_dict``.
+    """
+    exponential = weight.exponential
+    if exponential is None:
+        return
+    stack = prefix + "parametrizations.weight."
+    present = {stack + key: value for key, value in weight.stack.state_dict().items()}
+    different = exponential.difference(state_dict, stack + "0.")
+    if different is not None:
+        error_msgs.append(f"{prefix}weight: {different}")
+        state_dict |= present
+    if prefix + "weight" not in state_dict:
+        return
+    W = state_dict.pop(prefix + "weight")
+    state_dict |= present  # what is not replaced stays
+    if not isinstance(W, Tensor):
+        error_msgs.append(
+            f'While copying the parameter named "{prefix}weight", expected torch.Tensor or Tensor-like '
+            f"object from checkpoint but received {type(W)}"
+        )
+        return
+    try:
+        X, buffers = exponential.preimage(W.to(weight.tensors[0]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        error_msgs.append(f"While starting from {prefix}weight: {error}")
+        return
+    originals = (X,) if isinstance(X, Tensor) else X
+    state_dict |= {stack + key: value for key, value in zip(weight.names, originals, strict=True)}
+    state_dict |= {f"{stack}0.{key}": value for key, value in buffers.items()}
+
+
+def take_note(weight: Parametrized, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let the parametrization know of the generator that is loaded: it may set the kernel's size."""
+    generator = state_dict.get(f"{prefix}parametrizations.weight.{weight.names[0]}")
+    if weight.exponential is not None and isinstance(generator, Tensor):
+        weight.exponential.loaded(generator)
+
+
+# Removal
+
+
+def leave(module: Any, base: type[nn.Module], action: Action, smallest: Size | None) -> None:
+    """Make of a module, whose weight torch has just made an ordinary parameter, one that computes the same.
+
+    It is of torch's own class if that computes the same at the sizes that the module has seen, else of a
+    class that `removed_class` makes of it. Its attributes say what it does.
+
+    Args:
+        module: which still is of its parametrized class.
+        base: the class that it had before.
+        action: how its kernel acts.
+        smallest: size of the images that it has seen.
+    """
+    weight, geometry = module._parameters["weight"], action.geometry
+    weight.grad = None  # it was the generator's
+    if "bias" in module._parameters:  # the order that it had
+        module._parameters["bias"] = module._parameters.pop("bias")
+    taps, plain = tuple(weight.shape[2:]), plain_class(base)
+    if taps == geometry.taps and taps != action.domain:
+        # A single tap, whose operator is its kernel; or the generator, without its meaning.
+        runtime.leave_class(module, base)
+        return
+    boundary, dilation, domain = action.boundary, action.dilation, action.domain
+    vars(module).update(boundary.attributes(taps, geometry, dilation))
+    if boundary.is_torchs(taps, geometry, dilation, domain, smallest):
+        for name in ("action", "steps", "around"):
+            vars(module).pop(name, None)
+        runtime.leave_class(module, plain)
+    else:
+        module.action, module.steps = action, steps(taps, action)
+        module.around = action.boundary.is_periodic
+        runtime.leave_class(module, removed_class(plain))
+
+
+def plain_class(cls: Any) -> Any:
+    """Return the class of which `removed_class` made one; any other itself."""
+    return cls.__bases__[1] if issubclass(cls, Removed) else cls
+
+
+@cache
+def removed_class(plain: Any) -> Any:
+    """Return the class of convolutions that `Removed` evaluates. Nothing ever changes it."""
+    return type(f"Orthogonal{plain.__name__}", (Removed, plain), {})
+
+
+def rebuild(plain: Any) -> Any:
+    """Return a module without attributes, for pickle."""
+    return object.__new__(removed_class(plain))
+
+
+def steps(taps: Size, action: Action) -> tuple[list[int], ...]:
+    """Return the numbers by which `Removed.scripted` applies a kernel, as lists, one number for each axis.
+
+    They are: samples to continue images by, before and after; start of the result; stride; dilation; rest.
+    """
+    before, after, start = margins(taps, action.geometry, action.dilation)
+    stride, rest = action.geometry.stride, (0,) * len(taps)
+    if not action.boundary.is_periodic:
+        before, after, rest = rest, rest, tuple(s - 1 for s in stride)
+    return tuple([*numbers] for numbers in (before, after, start, stride, action.dilation, rest))
+
+
+@torch.fx.wrap
+def convolve_removed(
+    input: Tensor,  # noqa: A002, it is torch's name
+    weight: Tensor,
+    bias: Tensor | None,
+    action: Action,
+    output_size: list[int] | None,
+) -> Tensor:
+    """Do what a module that removal leaves does. `torch.fx` records it as one call."""
+    return convolve(Operator(action, Fixed(weight)), bias, input, output_size)
+
+
+class Removed(nn.Module):
+    """Evaluates a convolution with an ordinary weight that torch's own class cannot.
+
+    Mixed into that class. Its ``action`` says how the kernel acts, its ``steps`` how a script applies it.
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["operator"]
+
+    if TYPE_CHECKING:  # TorchScript would read these
+        action: Action
+        steps: tuple[list[int], ...]
+        around: bool
+        weight: Tensor
+        bias: Tensor | None
+        groups: int
+        transposed: bool
+
+    @property
+    def operator(self) -> Operator:
+        """Return what the module does, its bias aside."""
+        return Operator(self.action, Fixed(self.weight))
+
+    def forward(self, input: Tensor, output_size: Optional[list[int]] = None) -> Tensor:  # noqa: A002, UP045, for TorchScript
+        """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.scripted(input)
+        return convolve_removed(input, self.weight, self.bias, self.action, output_size)
+
+    def scripted(self, input: Tensor) -> Tensor:  # noqa: A002, it is torch's name
+        """Do the same directly, by operations that TorchScript knows."""
+        before, after, start, stride, dilation, rest = self.steps
+        axes = len(stride)
+        x = input.unsqueeze(0) if input.dim() == axes + 1 else input
+        kernel, padding, size = self.weight, [0] * axes, [0] * axes
+        for axis in range(axes):
+            n = x.size(axis + 2)
+            size[axis] = n * stride[axis] if self.transposed else n
+            if self.around:
+                index = torch.arange(-before[axis], n + after[axis], device=x.device) % n
+                x = x.index_select(axis + 2, index)
+            else:  # the kernel's taps are those of a torus: the ones that images meet
+                taps, padding[axis] = kernel.size(axis + 2), size[axis] - 1
+                first = (taps - 1) // 2 - padding[axis]
+                index = torch.arange(first, first + 2 * padding[axis] + 1, device=x.device) % taps
+                kernel = kernel.index_select(axis + 2, index)
+        groups = self.groups
+        if self.transposed:
+            if axes == 1:
+                y = torch.conv_transpose1d(x, kernel, None, stride, padding, rest, groups, dilation)
+            elif axes == 2:
+                y = torch.conv_transpose2d(x, kernel, None, stride, padding, rest, groups, dilation)
+            else:
+                y = torch.conv_transpose3d(x, kernel, None, stride, padding, rest, groups, dilation)
+            for axis in range(axes):
+                y = y.narrow(axis + 2, start[axis], size[axis])
+        elif axes == 1:
+            y = torch.conv1d(x, kernel, None, stride, padding, dilation, groups)
+        elif axes == 2:
+            y = torch.conv2d(x, kernel, None, stride, padding, dilation, groups)
+        else:
+            y = torch.conv3d(x, kernel, None, stride, padding, dilation, groups)
+        bias = self.bias
+        if bias is not None:
+            y = y + bias.reshape([-1] + [1] * axes)
+        y = y.contiguous()
+        return y if input.dim() == axes + 2 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        """Say what ``print`` says of the module."""
+        return described(super().extra_repr(), self.action)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the class by that from which it was made; a parametrized module is refused by torch."""
+        if nn.utils.parametrize.is_parametrized(self):
+            return super().__reduce_ex__(protocol)
+        return rebuild, (plain_class(type(self)),), self.__dict__
+
+
+def described(plain: str, action: Action) -> str:
+    """Add to the description of a convolution on what it is orthogonal."""
+    where = "every domain" if action.domain is None else f"domain={action.domain}"
+    return f"{plain}, orthogonal on {where}, boundary={action.boundary.name!r}"

@@ -1,0 +1,1 @@
+"""Skew-Hermitian and unitary matrices: the exponential and its derivative, other maps, decompositions."""

@@ -1,0 +1,177 @@
+"""The module's forward: a class of its own for each orthogonal convolution.
+
+Torch gives each parametrized module a class that derives from the module's, and takes it away with the
+parametrization. The class that is made here takes the place of that one. It also evaluates the operator,
+and says of the module what is true of it. It belongs to one module: a copy has another.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import lifecycle, runtime
+from .checks import Size
+from .operators.evaluate import convolve
+from .operators.operator import Action, Operator
+from .operators.weight import Parametrized
+
+
+class Installed:
+    """What an orthogonal module holds: how its kernel acts, and the smallest images that it has seen."""
+
+    def __init__(self, action: Action) -> None:
+        self.action = action
+        self.smallest: Size | None = None
+
+    def see(self, size: Size) -> None:
+        """Take note of images of a size."""
+        domain = self.action.geometry.domain(size)
+        if self.smallest is None:
+            self.smallest = domain
+        elif any(n < m for n, m in zip(domain, self.smallest, strict=True)):
+            self.smallest = tuple(map(min, domain, self.smallest))
+
+
+def install(module: Any, parametrization: nn.Module, action: Action) -> Callable[[], None]:
+    """Register a parametrization on a convolution's weight, and have the module evaluated accordingly.
+
+    Returns:
+        A function that makes the module what it was again.
+    """
+    base, parameters = type(module), dict(module._parameters)
+    value, gradient = module.weight.detach().clone(), module.weight.grad
+
+    def undo() -> None:
+        module.__class__ = base
+        vars(module).pop("installed", None)
+        module._modules.pop("parametrizations", None)
+        module._parameters.clear()
+        module._parameters.update(parameters)
+        module.weight.data = value
+        module.weight.grad = gradient
+
+    module.weight.grad = None  # not the generator's
+    try:
+        parametrize.register_parametrization(module, "weight", parametrization, unsafe=True)
+    except BaseException:
+        undo()
+        raise
+    module.installed = Installed(action)
+    module.__class__ = own_class(base)
+    return undo
+
+
+def own_class(base: Any) -> Any:
+    """Return a new class for one orthogonal convolution, derived from its class before."""
+
+    class Own(base):
+        @property
+        def operator(self) -> Operator:
+            """What the module does, its bias aside."""
+            return Operator(self.installed.action, Parametrized(self.parametrizations["weight"]))
+
+        @property
+        def weight(self) -> Tensor:
+            """The kernel."""
+            stack = self.parametrizations["weight"]
+            return runtime.once(stack, "weight", Parametrized(stack).tensors, stack)
+
+        @weight.setter
+        def weight(self, value: Tensor) -> None:
+            stack = self.parametrizations["weight"]
+            stack.right_inverse(value)
+            runtime.forget(stack)
+
+        def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002, it is torch's name
+            """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
+            operator = self.operator
+            y = convolve(operator, self.bias, input, output_size)
+            if not runtime.is_compiling():
+                self.installed.see(tuple(input.shape[-operator.geometry.axes :]))
+            return y
+
+        def extra_repr(self) -> str:
+            """Say what ``print`` says of the module."""
+            true = SimpleNamespace(**{**vars(self), "bias": self.bias, **attributes(self)})
+            return lifecycle.described(base.extra_repr(true), self.installed.action)
+
+        def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+            """Do what torch does. When it removes the parametrization, it puts the kernel here."""
+            super().register_parameter(name, param)
+            if name == "weight":  # which raises while it is parametrized
+                installed = self.__dict__.pop("installed")
+                lifecycle.leave(self, base, installed.action, installed.smallest)
+
+        def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+            """Do what torch does. Of several frozen parameters it makes a buffer when it removes them."""
+            if name == "weight" and tensor is not None:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                super().register_buffer(name, tensor, persistent)
+
+        def _load_from_state_dict(
+            self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+        ) -> None:  # fmt: skip
+            weight = Parametrized(self.parametrizations["weight"])
+            lifecycle.translate(weight, state_dict, prefix, error_msgs)
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            lifecycle.take_note(weight, state_dict, prefix)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            twin = self.__new__(own_class(base))
+            memo[id(self)] = twin
+            twin.__dict__ = deepcopy(self.__dict__, memo)
+            others = [name for name in twin.parametrizations if name != "weight"]
+            runtime.inject_properties(twin, others)
+            return twin
+
+        def __getstate__(self) -> Any:
+            raise RuntimeError(
+                "a parametrized module should be saved by its state_dict(), or after "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+    for name in _TOLD:
+        setattr(Own, name, _told(name))
+    Own.__name__ = Own.__qualname__ = f"ParametrizedOrthogonal{lifecycle.plain_class(base).__name__}"
+    Own.__module__ = base.__module__
+    return Own
+
+
+def operator_of(module: nn.Module) -> Operator | None:
+    """Return the operator of a module that this package evaluates; None for any other."""
+    if not isinstance(vars(module).get("installed"), Installed) and not isinstance(
+        module, lifecycle.Removed
+    ):
+        return None
+    operator = module.operator
+    assert isinstance(operator, Operator)
+    return operator
+
+
+_TOLD = (
+    "kernel_size", "dilation", "padding", "padding_mode", "output_padding", runtime.REPEATED_PADDING,
+)  # fmt: skip
+
+
+def attributes(module: Any) -> dict[str, Any]:
+    """Return the attributes of torch's classes that say what an orthogonal module does."""
+    operator = module.operator
+    taps = operator.weight.taps or tuple(module.weight.shape[2:])
+    return operator.boundary.attributes(taps, operator.geometry, operator.action.dilation)
+
+
+def _told(name: str) -> property:
+    """Return an attribute that says what the module does, while it is orthogonal, and not what it was."""
+
+    def value(self: Any) -> Any:
+        return attributes(self).get(name, vars(self).get(name))
+
+    return property(value)

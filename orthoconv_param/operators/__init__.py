@@ -1,0 +1,1 @@
+"""What a convolution module does, and the ways to evaluate it."""

@@ -1,0 +1,115 @@
+"""Choosing among the ways to evaluate an operator, and doing it."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from ..checks import Size
+from .direct import Direct
+from .operator import Operator
+from .spectral import Spectral
+
+_USUAL_BATCH = 16  # of images, for what is compiled: it is to take batches of any size
+
+
+class Evaluator(Protocol):
+    """A way to evaluate operators: prepare once, apply often."""
+
+    name: str
+
+    def cost(self, operator: Operator, domain: Size, batch: int) -> float:
+        """Return the estimated time of one call, infinite where it cannot."""
+        ...
+
+    def prepare(self, operator: Operator, domain: Size) -> Any:
+        """Compute all that does not depend on the images."""
+        ...
+
+    def apply(self, state: Any, x: Tensor) -> Tensor:
+        """Apply the operator to images of the domain, ``(batch, channels, *size)``."""
+        ...
+
+
+EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral())
+
+
+def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:
+    """Return the evaluator that costs least."""
+    costs = [evaluator.cost(operator, domain, batch) for evaluator in EVALUATORS]
+    return EVALUATORS[costs.index(min(costs))]
+
+
+def prepared(evaluator: Evaluator, operator: Operator, domain: Size) -> Any:
+    """Return what an evaluator prepares, once in a cached loop, for batches of any size."""
+    owner, tensors = operator.weight.owner, operator.weight.tensors
+    if owner is None:
+        return evaluator.prepare(operator, domain)
+    return runtime.once(
+        owner, (evaluator.name, domain), tensors, lambda: evaluator.prepare(operator, domain)
+    )
+
+
+def evaluate(operator: Operator, x: Tensor, domain: Size) -> Tensor:
+    """Apply an operator to images ``(batch, channels, *size)`` of a domain, its bias aside."""
+    batch = _USUAL_BATCH if runtime.is_compiling() else x.shape[0]
+    owner, tensors = operator.weight.owner, operator.weight.tensors
+
+    def decide() -> tuple[Evaluator, Any]:
+        evaluator = choose(operator, domain, batch)
+        return evaluator, prepared(evaluator, operator, domain)
+
+    evaluator, state = decide() if owner is None else runtime.once(owner, (domain, batch), tensors, decide)
+    return evaluator.apply(state, x)
+
+
+def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: Any = None) -> Tensor:  # noqa: A002, it is torch's name
+    """Do what a module with this operator and bias does.
+
+    Args:
+        operator: of the module.
+        bias: ``(channels,)``, or None.
+        input: ``(batch, in, *size)`` or ``(in, *size)``.
+        output_size: of a transposed convolution, whose only one it must be.
+
+    Returns:
+        Images of the memory format of the input, that share no memory with anything.
+
+    Raises:
+        TypeError: if the input is no tensor, or not of the weight's dtype.
+        ValueError: if it is not of the module's channels, or not of a size that it takes.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input should be a tensor. Found {type(input).__module__}.{type(input).__name__}")
+    geometry, dtype = operator.geometry, operator.weight.tensors[0].dtype
+    axes = geometry.axes
+    x = input.unsqueeze(0) if input.ndim == axes + 1 else input
+    if x.is_floating_point() and runtime.is_autocast(x.device.type):
+        x = x.to(dtype)
+    domain = _domain(operator, x, dtype)
+    if output_size is not None and tuple(output_size[-axes:]) != domain:
+        raise ValueError(f"output_size should be {domain}. Found {tuple(output_size)}")
+    with runtime.no_autocast(x.device.type):
+        y = evaluate(operator, x, domain)
+        if bias is not None:
+            y = y + bias.reshape(-1, *(1,) * axes)
+        y = runtime.owned(y, runtime.memory_format(x))
+    return y if input.ndim == x.ndim else y.squeeze(0)
+
+
+def _domain(operator: Operator, x: Tensor, dtype: torch.dtype) -> Size:
+    """Return the fine grid of these images, once they have been checked."""
+    geometry = operator.geometry
+    if x.ndim != geometry.axes + 2 or x.shape[1] != geometry.taken:
+        raise ValueError(
+            f"input should have {geometry.taken} channels and {geometry.axes} axes of space. "
+            f"Found size {tuple(x.shape)}"
+        )
+    if x.dtype != dtype:
+        raise TypeError(f"input should be of the weight's dtype, {dtype}. Found {x.dtype}")
+    if operator.action.domain is not None and runtime.is_jit_traced():
+        return operator.action.domain
+    domain = geometry.domain(tuple(x.shape[2:]))
+    operator.action.check_domain(domain)
+    return domain

@@ -1,0 +1,151 @@
+"""Where an operator's matrices come from: a parametrization, or a kernel that is simply there."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .. import runtime
+from ..checks import Size
+from ..parametrizations.blocks import Blocks
+from ..parametrizations.exponential import ConvExponential
+from ..torus.lattice import Lattice
+
+
+class Weight(Protocol):
+    """Where matrices come from."""
+
+    @property
+    def owner(self) -> object:
+        """Return whose results are kept within `parametrize.cached()`; None if none are."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the free parameters, the generator first; or the kernel."""
+        ...
+
+    @property
+    def taps(self) -> Size | None:
+        """Return the taps of the kernel; None if they are known only once it is computed."""
+        ...
+
+    def kernel(self) -> Tensor:
+        """Compute the kernel, ``(out, in/groups, *taps)``, centred, in single precision at least."""
+        ...
+
+    def reads_more_of(self, images: Size) -> bool:
+        """Return True if `spectrum` is better made on the torus of the images."""
+        ...
+
+    def spectrum(self, images: Size | None, dilation: Size) -> tuple[Lattice, Tensor] | None:
+        """Compute the matrices; None if there is only a kernel."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A kernel that nothing computes.
+
+    Args:
+        tensor: the kernel.
+    """
+
+    tensor: Tensor
+
+    @property
+    def owner(self) -> object:
+        """Return None: an optimizer changes it in place, within `parametrize.cached()` too."""
+        return None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the kernel."""
+        return (self.tensor,)
+
+    @property
+    def taps(self) -> Size | None:
+        """Return its taps."""
+        return tuple(self.tensor.shape[2:])
+
+    def kernel(self) -> Tensor:
+        """Return the kernel in single precision at least."""
+        return _precise(self.tensor, self.tensor.dtype)
+
+    def reads_more_of(self, images: Size) -> bool:
+        """Return False."""
+        return False
+
+    def spectrum(self, images: Size | None, dilation: Size) -> tuple[Lattice, Tensor] | None:
+        """Return None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Parametrized:
+    """A kernel that parametrizations make.
+
+    Args:
+        stack: of them.
+    """
+
+    stack: ParametrizationList
+
+    @property
+    def owner(self) -> object:
+        """Return the stack."""
+        return self.stack
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the free parameters, the generator first."""
+        stack = self.stack
+        return (stack.original,) if stack.is_tensor else tuple(getattr(stack, name) for name in self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Return how torch calls the free parameters."""
+        return (
+            ["original"] if self.stack.is_tensor else [f"original{i}" for i in range(self.stack.ntensors)]
+        )
+
+    @property
+    def exponential(self) -> ConvExponential | Blocks | None:
+        """Return the parametrization if it alone makes the kernel, and from matrices."""
+        only = self.stack[0] if len(self.stack) == 1 else None
+        return only if isinstance(only, (ConvExponential, Blocks)) else None
+
+    @property
+    def taps(self) -> Size | None:
+        """Return the taps, if no other parametrization may change them."""
+        exponential = self.exponential
+        return None if exponential is None else exponential.taps
+
+    def kernel(self) -> Tensor:
+        """Compute the kernel."""
+        dtype = self.tensors[0].dtype
+        made = self.spectrum(None, ())
+        if made is None:
+            return _precise(self.stack(), dtype)
+        with runtime.no_autocast(made[1].device.type):
+            return _precise(made[0].kernel(made[1]), dtype)
+
+    def reads_more_of(self, images: Size) -> bool:
+        """Ask the parametrization."""
+        exponential = self.exponential
+        return exponential is not None and exponential.reads_more_of(images)
+
+    def spectrum(self, images: Size | None, dilation: Size) -> tuple[Lattice, Tensor] | None:
+        """Ask the parametrization."""
+        exponential, tensors = self.exponential, self.tensors
+        if exponential is None:
+            return None
+        if isinstance(exponential, Blocks):
+            return exponential.spectrum(tensors, images, dilation)
+        return exponential.spectrum(tensors[0], images, dilation)
+
+
+def _precise(kernel: Tensor, dtype: torch.dtype) -> Tensor:
+    return kernel.to(torch.promote_types(dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Parametrizations of a weight: from free parameters to orthogonal kernels."""

@@ -1,0 +1,645 @@
+r"""`ConvExponential`: a convolution's weight as the exponential of a free skew generator.
+
+On a lattice with spectra ``X`` (generator) and ``B`` (base), padded to ``m x m``,
+``m = max(out, in)``,
+
+    weight = B exp(skew(X)),    its first columns if ``out > in``,
+    weight = exp(skew(X)) B,    its first rows    if ``out < in``,
+
+at each frequency. ``exp`` may be another map from skew to unitary matrices.
+"""
+
+from collections.abc import Mapping
+from math import ceil, isqrt
+from typing import Any, ClassVar, Literal
+
+import torch
+from geotorch.exceptions import InManifoldError
+from torch import Tensor, nn
+
+from .. import runtime
+from ..checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
+from ..matrices import maps
+from ..matrices.expm import expm_frame
+from ..matrices.products import product, skew
+from ..matrices.unitary import haar, polar, polar_frame, refine, semi_orthogonal
+from ..torus.dft import pack, unpack
+from ..torus.geometry import Geometry
+from ..torus.lattice import Lattice
+from ..torus.placement import Placement
+from . import signature
+from .degree import Degree, default_tolerance, padded_to_square
+from .plan import Family, Plan, make_plan
+
+
+class ConvExponential(nn.Module):
+    r"""Parametrizes a convolution's weight by the exponential of a skew convolution.
+
+        weight = base * exp(skew(generator)),    W(w)^H W(w) = I at each frequency w of the domain
+
+    (``W W^H = I`` if it takes more channels than it gives). A kernel that is orthogonal on one grid
+    is **far from orthogonal on a larger one**, so choose the domain by what the convolution is fed:
+
+    - ``domain=None``: the kernel's own ``k x k`` grid. The weight keeps its shape. The operator is
+      orthogonal on ``k x k`` images only.
+    - ``domain=(H, W)``: periodic images of that size. The weight becomes a kernel of
+      ``H x W`` taps, so register it with ``unsafe=True``.
+    - ``domain="any"``: periodic images of every size, to ``tol``. The weight becomes a compact
+      kernel of ``K x K`` taps, also with ``unsafe=True``; ``K`` follows the generator's norm. The
+      existing ``k x k`` weight *is* the generator.
+
+    The generator has the shape and dtype of the weight that it replaces. Any values are allowed (with
+    ``"any"``, up to norms of several hundred, where ``K`` is 1000: beyond, use raises ``ValueError``). It
+    holds the weight's Fourier coefficients on its own ``k x k`` grid (Hartley transform, or
+    the unitary DFT of a complex weight), and stays the parameter that an optimizer already holds.
+
+    Args:
+        domain: None, a size, a tuple of sizes, or ``"any"``.
+        stride: of the convolution. A parametrization sees the weight alone, so this and ``groups`` must be
+            those of the convolution.
+        groups: of the convolution.
+        triv: ``"expm"``, ``"cayley"``, or a callable from skew-Hermitian ``(..., m, m)`` to unitary
+            matrices, as geotorch's are; it is tried once on small ones. With ``domain="any"`` it must act
+            on eigenvalues, as these do.
+        base: whether the weight is a fixed orthogonal kernel times the exponential. Then assigning
+            ``conv.weight = W`` sets the base, and ``geotorch.utils.update_base`` works. Default: True,
+            except for ``"any"``, which has none. ``False`` (own grid, square kernels): the
+            weight is the exponential itself, and assigning takes the logarithm.
+        tol: for ``"any"``: bound on the operator's defect, at every size. Default: what the dtype can
+            hold, 2e-7, in double precision 1e-12, in half precision 1e-4. A looser one is cheaper: ``K``
+            is smaller, and less is computed in double precision (to 2e-7 all of it at norms above 1.6).
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above, or a ``triv`` that does not give unitary
+            matrices; on registration, if the weight
+            is not a finite floating or complex convolution kernel, does not fit into the domain,
+            or if ``stride`` or ``groups`` do not divide what they must. The module is then unchanged.
+        geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map
+            does not reach the weight (as the exponential no determinant -1).
+
+    Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
+    (float16) and 2e-3 (bfloat16).
+
+    A parametrization belongs to one weight. Torch's ``transfer_parametrizations_and_params`` registers the
+    same object on a second one, which sets the base of both: copy the source by `copy.deepcopy` before.
+
+    Cost: for ``F`` frequencies, about ``3 F m^3`` complex multiplications forward and ``7 F m^3``
+    backward at norms up to 1 (see `expm_skew`). ``F`` is half of ``k^2``, or of ``K^2``: with ``"any"``
+    no image size appears; on a given domain, in single precision, in products with the base only, as
+    long as ``K`` is the smaller.
+
+    Source: Magnasco, arXiv:2302.07396; trivializations: Lezcano-Casado, arXiv:1909.09501.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> from orthoconv_param import ConvExponential, orthogonality_defect
+        >>> conv = nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular").double()
+        >>> _ = register_parametrization(conv, "weight", ConvExponential())
+        >>> conv.weight.shape
+        torch.Size([4, 4, 3, 3])
+        >>> orthogonality_defect(conv.weight, domain=3) < 1e-12
+        True
+        >>> orthogonality_defect(conv.weight, domain=32) > 0.1  # larger images: not at all
+        True
+
+        At every size:
+
+        >>> conv = nn.Conv2d(4, 4, 3).double()
+        >>> _ = register_parametrization(conv, "weight", ConvExponential("any"), unsafe=True)
+        >>> all(orthogonality_defect(conv.weight, domain=n) < 1e-11 for n in (3, 32, 97))
+        True
+    """
+
+    base: Tensor | None
+    _reference: Tensor | None
+    _unitary: ClassVar[tuple[str, ...]] = ("base",)  # the buffers of unitary matrices
+
+    def __init__(
+        self,
+        domain: int | Size | Literal["any"] | None = None,
+        *,
+        stride: int | Size = 1,
+        groups: int = 1,
+        triv: str | maps.Trivialization = "expm",
+        base: bool | None = None,
+        tol: float | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(domain, str):
+            if domain != "any":
+                raise ValueError(f'domain should be None, a size, or "any". Found {domain!r}')
+        elif domain is not None:
+            sizes = per_axis("domain", domain)
+            domain = sizes if isinstance(domain, (tuple, list)) else sizes[0]
+        strides = per_axis("stride", stride)
+        maps.check_trivialization(triv)
+        if not (base is None or isinstance(base, bool)):
+            raise TypeError(f"base should be None, True or False. Found {base!r}")
+        if base and domain == "any":
+            raise ValueError('base should be None or False with domain="any", which has no base')
+        if base is False and domain not in (None, "any"):
+            raise ValueError(
+                "base should be None or True with a given domain: the logarithm of a kernel on it "
+                "has more taps than the generator"
+            )
+        if base is False and domain is None and maps.inverse(triv) is None:
+            raise ValueError(
+                f"base=False takes an inverse of triv, which {maps.name(triv)} does not have: "
+                "triv should be given by name, or base be True"
+            )
+        if tol is not None and domain != "any":
+            raise ValueError('tol should be None unless domain="any": elsewhere nothing is truncated')
+        if tol is not None and not (isinstance(tol, float) and 0 < tol < 1):
+            raise ValueError(f"tol should be between 0 and 1. Found {tol!r}")
+
+        self.domain: int | Size | str | None = domain
+        self.stride = strides if isinstance(stride, (tuple, list)) else strides[0]
+        self.groups = count("groups", groups)
+        self.triv = triv
+        self.tol = tol
+        self.has_base = domain != "any" if base is None else base
+        self.placement: Placement | None = None  # of the generator's taps, if they are not centred
+        self.owner: str | None = None  # the module, in words
+        self.context: dict[str, str] = {}  # what else tells checkpoints apart: see `signature`
+        self.geometry: Geometry | None = None  # of the generator, once registered
+        self.compact: Degree | None = None  # of the weight with domain="any", once its norm is known
+        self._reader = runtime.LateReader()
+        # The base's spectrum as real numbers, (groups, frequencies, 2 m^2): `Module.to` drops the imaginary
+        # part of complex buffers, and gives those of 4 or 5 axes a memory format.
+        self.register_buffer("base", None)
+        self.register_buffer("_reference", None, persistent=False)  # an empty tensor: dtype and device
+
+    @classmethod
+    def placed(
+        cls,
+        geometry: Geometry,
+        domain: Size | Literal["any"],
+        owner: str | None,
+        context: Mapping[str, str],
+        **options: Any,
+    ) -> "ConvExponential":
+        """Return the parametrization of a convolution of which more is known than its weight.
+
+        Args:
+            geometry: of the generator.
+            domain: as of the constructor.
+            owner: the module, in words, for errors.
+            context: what tells checkpoints of the module apart.
+            options: further ones of the constructor.
+        """
+        self = cls(domain, stride=geometry.stride, groups=geometry.groups, **options)
+        self.placement, self.owner, self.context = geometry.placement, owner, dict(context)
+        return self
+
+    # What is known once it is registered
+
+    @property
+    def degree(self) -> int | None:
+        """Degree of the compact kernel; None unless ``domain="any"`` and its norm is known."""
+        return None if self.compact is None else self.compact.value
+
+    @property
+    def taps(self) -> Size:
+        """Taps of the weight: the kernel's own, the domain, or the compact kernel's ``K`` x ``K``.
+
+        Raises:
+            RuntimeError: before registration.
+        """
+        return self._family().lattice(self.compact).taps
+
+    def reads_more_of(self, images: Size) -> bool:
+        """Return True if images are so small that a compact kernel wraps around their torus."""
+        return self._family().reads_more_of(images, self.compact)
+
+    def _family(self) -> Family:
+        geometry, reference = self._registered()
+        domain = self.domain
+        if isinstance(domain, int):
+            domain = (domain,) * geometry.axes
+        tolerance = default_tolerance(reference.dtype) if self.tol is None else self.tol
+        return Family(geometry, domain, self.triv, tolerance)
+
+    def _registered(self) -> tuple[Geometry, Tensor]:
+        if self.geometry is None or self._reference is None:
+            raise RuntimeError(
+                "size, dtype and device are known once the parametrization is registered on a weight"
+            )
+        return self.geometry, self._reference
+
+    # From the generator to the kernel
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the orthogonal kernel of a generator.
+
+        Args:
+            X: the generator, ``(out, in/groups, *taps)``.
+
+        Returns:
+            ``(out, in/groups, *taps)``, with the generator's, the domain's, or the compact kernel's
+            ``K`` x ``K`` taps, in the generator's dtype.
+
+        Raises:
+            ValueError: if the generator is not of the size that was registered, or not finite (on CUDA
+                only under `torch.autograd.set_detect_anomaly`, because reading that waits).
+            RuntimeError: if the generator is a part of one, as FSDP keeps it outside of forward.
+        """
+        lattice, Q = self.spectrum(X)
+        with runtime.no_autocast(X.device.type):
+            return lattice.kernel(Q).to(X.dtype).contiguous()
+
+    def spectrum(
+        self, X: Tensor, images: Size | None = None, dilation: Size = ()
+    ) -> tuple[Lattice, Tensor]:
+        """Return the matrices of the orthogonal kernel of a generator, and the lattice on which they are.
+
+        It is the weight's own lattice, or the torus of images that are so small that a compact kernel wraps
+        around it.
+
+        Args:
+            X: the generator, ``(out, in/groups, *taps)``.
+            images: their domain, for ``domain="any"``.
+            dilation: with which the compact kernel is applied to them.
+
+        Returns:
+            The lattice, and ``(groups, frequencies, out/groups, in/groups * s^d)``, complex, in
+            single precision at least.
+
+        Raises:
+            ValueError, RuntimeError: as `forward` does.
+        """
+        self._check_generator(X)
+        with runtime.no_autocast(X.device.type):
+            kernel = unpack(at_least_single(X))
+            plan = make_plan(self._family(), kernel, self.compact, self._reader, images, dilation)
+            if plan.degree is not self.compact:
+                self.compact = plan.degree
+            return plan.lattice, self._matrices(kernel.to(plan.dtype), plan)
+
+    def _matrices(self, kernel: Tensor, plan: Plan) -> Tensor:
+        torus = plan.smaller or plan.lattice
+        Q = self._map(torus.spectrum(kernel, plan.placement), plan.norm)
+        if plan.smaller is not None:
+            Q = plan.lattice.spectrum(plan.smaller.kernel(Q))
+        if self.base is not None:
+            base = from_reals(self.base).to(Q.dtype)
+            Q = product(base, Q) if Q.shape[-2] >= Q.shape[-1] else product(Q, base)
+        return refine(Q) if plan.refined else Q
+
+    def _map(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
+        """Return the unitary matrices, or frames, of a spectrum's skew part, whose norm may be known."""
+        rows, columns = spectrum.shape[-2:]
+        if self.triv == "expm" and max(rows, columns) > 1:
+            return expm_frame(spectrum, norm)
+        unitary = maps.trivialization(self.triv)(skew(padded_to_square(spectrum)))
+        return unitary[..., :rows, :columns]
+
+    def _check_generator(self, X: Tensor) -> None:
+        """Raise if a generator is sharded, of another size or, where that can be read, not finite."""
+        if self.geometry is None:  # stacked on another parametrization: nothing was inverted here
+            self._adopt(X)
+        elif tuple(X.shape) != self.geometry.size:
+            raise ValueError(
+                f"the generator should be of size {self.geometry.size}. Found {tuple(X.shape)}"
+            )
+        of = "" if self.owner is None else f" of {self.owner}"
+        if not runtime.is_compiling() and runtime.is_part(X):
+            raise RuntimeError(
+                f"the generator{of} should be whole. Found a part of it (a DTensor): a model that "
+                "`fully_shard` has taken has its weights in forward only, or between `model.unshard()` and "
+                "`model.reshard()`"
+            )
+        if not runtime.is_finite(X):
+            raise ValueError(
+                f"the generator{of} should be finite. Found nan or inf: a step of the optimizer was too "
+                "large, or the gradient that it took was not finite"
+            )
+
+    # From a kernel to the generator
+
+    @torch.no_grad()
+    def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
+        """Return the generator whose kernel is ``W``, or the orthogonal kernel nearest to it.
+
+        With a base, the base becomes that kernel and the generator is zero. Without (own grid), the
+        generator is its logarithm. With ``domain="any"``, ``W`` means a generator: it is only packed.
+
+        Args:
+            W: ``(out, in/groups, *taps)``, with the generator's taps or those of the domain.
+            check_in_manifold: whether to refuse a kernel that is not orthogonal. Not with
+                ``domain="any"``.
+
+        Returns:
+            ``(out, in/groups, *taps)``: the generator, of the dtype of ``W``.
+
+        Raises:
+            TypeError: if ``W`` is not of the registered dtype, or not of a floating or complex one.
+            ValueError: if it is not finite, or of another size.
+            geotorch.exceptions.InManifoldError: if it is to be orthogonal and is not, or if no generator
+                reaches it.
+            RuntimeError: if it is assigned where FSDP keeps a part of the generator only.
+        """
+        runtime.refuse_assigning_to_parts()
+        if check_in_manifold and self.domain == "any":
+            raise ValueError('check_in_manifold should be False with domain="any": W is a generator')
+        if check_in_manifold:
+            self._check(W)
+            if not semi_orthogonal(self._spectrum_of(W)[1], 1e-4):
+                raise InManifoldError(W, self)
+        generator, buffers = self.preimage(W)
+        for name, value in buffers.items():
+            old = getattr(self, name)
+            setattr(self, name, value if old is None else old.copy_(value))
+        self._adopt(generator)
+        if self.domain == "any":
+            self._follow(at_least_single(W))
+        return generator
+
+    @torch.no_grad()
+    def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the generator of `right_inverse`, and the buffers that it sets; change nothing.
+
+        Raises:
+            TypeError, ValueError, geotorch.exceptions.InManifoldError: as `right_inverse` does.
+        """
+        self._check(W)
+        if self.domain == "any":
+            return pack(at_least_single(W)).to(W.dtype), {}
+        lattice, spectrum = self._spectrum_of(W)
+        if not self.has_base:
+            return self._logarithm(W, lattice, lattice.choose(polar, spectrum)), {}
+        zero = W.new_zeros(W.shape if self.geometry is None else self.geometry.size)
+        return zero, self._buffers_of(lattice, spectrum)
+
+    def loaded(self, generator: Tensor) -> None:
+        """Take note of a generator that has been loaded: with ``domain="any"`` it sets ``K``."""
+        geometry, reference = self._registered()
+        if self.domain == "any" and tuple(generator.shape) == geometry.size:
+            self._reader.restart()
+            generator = generator.detach().to(reference.device, reference.dtype)
+            self._follow(unpack(at_least_single(generator)))
+
+    def _follow(self, kernel: Tensor) -> None:
+        self.compact = make_plan(self._family(), kernel, self.compact, self._reader).degree
+
+    def _spectrum_of(self, W: Tensor) -> tuple[Lattice, Tensor]:
+        """Return the spectrum of a kernel that is assigned."""
+        placement = self._placement_for(W)  # a generator's taps stand where it says
+        if self.geometry is not None and tuple(W.shape[2:]) == self.taps:
+            placement = Placement.centred(self.taps)  # a kernel that was read from the weight is centred
+        lattice = self._lattice_for(W)
+        return lattice, lattice.spectrum(at_least_single(W), placement)
+
+    def _placement_for(self, W: Tensor) -> Placement:
+        return self.placement or Placement.centred(tuple(W.shape[2:]))
+
+    def _lattice_for(self, W: Tensor) -> Lattice:
+        """Return the torus of a weight, which may be the first one."""
+        if self.geometry is not None:
+            return self._family().lattice(self.compact)
+        size = tuple(W.shape)
+        if isinstance(self.domain, str):  # no torus yet: this one is for the checks of channels and groups
+            return Lattice.of_kernel(size, W.is_complex(), groups=self.groups)
+        dilation = self._placement_for(W).dilation
+        return Lattice.of_kernel(size, W.is_complex(), self.domain, self.stride, self.groups, dilation)
+
+    def _adopt(self, X: Tensor) -> None:
+        """Take the size, dtype and device of the first generator."""
+        if self.geometry is None:
+            self._check(X, finite=False)
+            taps = tuple(X.shape[2:])
+            stride = per_axis("stride", self.stride, len(taps))
+            placement = self._placement_for(X)
+            self.geometry = Geometry(
+                tuple(X.shape), stride, self.groups, placement, is_complex=X.is_complex()
+            )
+            self._reference = X.new_empty(0)
+
+    def _check(self, W: Tensor, finite: bool = True) -> None:
+        """Raise what is wrong with a weight, before anything is changed."""
+        check_dtype("the weight", W)
+        size = tuple(W.shape) if self.geometry is None else self.geometry.size
+        lattice = self._lattice_for(W)
+        note, allowed = "", {size}
+        if self.domain == "any":
+            per_axis("stride", self.stride, len(size) - 2)
+            note = (
+                ': with domain="any" it is a generator, not the compact kernel, and there is no base for '
+                "`update_base` to move"
+            )
+        else:
+            allowed.add((*size[:2], *lattice.domain))
+        if tuple(W.shape) not in allowed:
+            raise ValueError(
+                f"the weight should be of size {' or '.join(map(str, sorted(allowed)))}{note}. "
+                f"Found {tuple(W.shape)}"
+            )
+        if self._reference is not None and W.dtype != self._reference.dtype:
+            raise TypeError(f"the weight should be of dtype {self._reference.dtype}. Found {W.dtype}")
+        if finite:
+            check_finite("the weight", W)
+
+    def _buffers_of(self, lattice: Lattice, spectrum: Tensor) -> dict[str, Tensor]:
+        return {"base": as_reals(lattice.choose(polar_frame, spectrum))}
+
+    def _logarithm(self, W: Tensor, lattice: Lattice, spectrum: Tensor) -> Tensor:
+        rows, columns = spectrum.shape[-2:]
+        if rows != columns:
+            raise ValueError(
+                "base=False should only be used where each group gives as many channels as it takes: "
+                f"a frame has no logarithm. Found {rows} and {columns}"
+            )
+        inverse = maps.inverse(self.triv)
+        assert inverse is not None  # checked by the constructor
+        try:
+            A = lattice.choose(inverse, spectrum)
+        except ValueError as error:
+            raise InManifoldError(W, f"the image of {self}: {error}") from error
+        return pack(lattice.kernel(A)).to(W.dtype)
+
+    # The other verbs of a manifold
+
+    def in_manifold(self, W: Tensor, eps: float = 1e-4) -> bool:
+        """Return True if ``W`` is orthogonal on the domain, to ``eps`` in each entry of ``W^H W``.
+
+        With ``domain="any"``: on every domain. (``W^H W`` has ``2 K - 1`` taps, so a torus
+        of that size sees all of it.)
+
+        Raises:
+            RuntimeError: before registration.
+        """
+        geometry, _ = self._registered()
+        same = tuple(W.shape[:2]) == geometry.size[:2] and W.ndim == len(geometry.size)
+        if not same or W.is_complex() != geometry.is_complex:
+            return False
+        lattice = self._lattice_for(W)
+        if self.domain == "any":
+            points = [2 * ceil(k / s) + 1 for k, s in zip(W.shape[2:], geometry.stride, strict=True)]
+            lattice = lattice.resolution(tuple(points))
+        elif tuple(W.shape[2:]) != lattice.domain:
+            return False
+        return semi_orthogonal(lattice.spectrum(at_least_single(W)), eps)
+
+    @torch.no_grad()
+    def sample(self, distribution: str = "uniform", init_: Any = None) -> Tensor:
+        r"""Return a random orthogonal kernel on the domain, to be assigned to the weight.
+
+        - ``"uniform"``: Haar's measure at each frequency; at real ones both determinants.
+        - ``"torus"``: ``triv`` of skew matrices with angles drawn by ``init_``, on the
+          diagonal, or at real frequencies in ``2 x 2`` blocks. Recurrent kernels are started from these.
+        - ``"identity"``, or near it: ``triv`` of a generator that ``init_`` draws.
+
+        (For the kernel nearest to a pretrained one, assign that.)
+
+        Args:
+            distribution: one of these. With ``domain="any"`` only ``"identity"``, returned as
+                the generator: random matrices at each frequency have no compact kernel.
+            init_: fills a tensor in place. Of ``"torus"``, one of angles; default: uniform on
+                ``[-pi, pi]`` (Henaff, Szlam, LeCun, arXiv:1602.06662). Of ``"identity"``, the generator's
+                taps, ``(out, in/groups, *taps)``, whose size is the distance to it; default: zero.
+
+        Raises:
+            RuntimeError: before registration.
+            ValueError: if there is no such distribution.
+        """
+        geometry, reference = self._registered()
+        known = ("identity",) if self.domain == "any" else ("uniform", "torus", "identity")
+        if distribution not in known:
+            raise ValueError(
+                f"distribution should be one of {known} with domain={self.domain!r}. Found {distribution!r}"
+            )
+        if init_ is not None and distribution == "uniform":
+            raise ValueError('init_ should be None with distribution="uniform", which is one measure')
+        lattice, like = self._family().lattice(self.compact), at_least_single(reference)
+        if distribution == "identity":
+            generator = like.new_zeros(geometry.size)
+            if init_ is not None:
+                init_(generator)
+            if self.domain == "any":
+                return generator.to(reference.dtype)
+            spectrum = lattice.spectrum(generator, geometry.placement)
+            return lattice.kernel(self._map(spectrum)).to(reference.dtype)
+        rows, columns = lattice.blocks(geometry.size)
+        m = max(rows, columns)
+        dtype = torch.promote_types(like.dtype, torch.complex64)
+        empty = like.new_empty(self.groups, lattice.frequencies, m, m, dtype=dtype)
+        if distribution == "uniform":
+            Q = lattice.choose(haar, empty)
+        else:
+            Q = self._map(lattice.choose(lambda like: _of_angles(like, init_), empty))
+        return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
+
+    # Being a module
+
+    def extra_repr(self) -> str:
+        """Say what ``print(conv)`` says of the parametrization."""
+        size = "" if self.geometry is None else f"{self.geometry.size}, "
+        taps = f", taps={self.taps}" if self.domain == "any" and self.geometry is not None else ""
+        optional = "".join(
+            f", {key}={value}"
+            for key, value in (("stride", self.stride), ("groups", self.groups))
+            if max(per_axis(key, value)) > 1
+        )
+        tol = "" if self.tol is None else f", tol={self.tol}"
+        return (
+            f"{size}domain={self.domain!r}{taps}{optional}, "
+            f"triv={maps.name(self.triv)}, base={self.has_base}{tol}"
+        )
+
+    def _get_name(self) -> str:
+        return type(self).__qualname__
+
+    def signature(self) -> dict[str, str]:
+        """Return what a checkpoint is of, in words."""
+        family = self._family()
+        words = {
+            "method": "exponential",
+            "domain": "any" if family.is_compact else signature.by_axis(family.lattice(None).domain),
+            "taps": signature.by_axis(family.geometry.taps),
+            "stride": signature.by_axis(family.geometry.stride),
+            "groups": str(self.groups),
+            **({"triv": self.triv} if isinstance(self.triv, str) else {}),
+        }
+        return {**words, **self.context}
+
+    def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        return signature.difference(
+            self.signature(), signature.decode(state_dict.get(prefix + runtime.EXTRA_STATE))
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint is of."""
+        return signature.encode({} if self.geometry is None else self.signature())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Change nothing: it has been compared."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        different = self.difference(state_dict, prefix)
+        if different is not None:
+            error_msgs.append(different)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + runtime.EXTRA_STATE
+        if key in missing_keys:  # older checkpoints do not have it
+            missing_keys.remove(key)
+        self._reader.restart()  # the generator is the parent's
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ConvExponential":
+        old = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in old.items():
+            after = self._buffers[name]
+            if name == "_reference" or before is None or after is None:
+                continue
+            dtype = torch.promote_types(after.dtype.to_real(), torch.float32)
+            if after.dtype != dtype:  # never below float32, nor complex
+                after = self._buffers[name] = before.to(after.device, dtype)
+            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps
+            if rises and name in self._unitary and not after.is_meta:
+                lattice = self._family().lattice(self.compact)
+                self._buffers[name] = as_reals(lattice.choose(polar_frame, from_reals(after)))
+        if self.compact is not None:
+            self._reader.restart(wait=False)
+            self.compact = self._family().degree(self.compact.level)  # the tolerance may have changed
+        return self
+
+
+# Scripts initialise whatever has "Conv" in the name of its class by its weight, which this has not.
+ConvExponential.__name__ = "Exponential"
+
+
+def as_reals(matrices: Tensor) -> Tensor:
+    """Return square matrices at each frequency as real numbers, ``(groups, frequencies, 2 m^2)``."""
+    return torch.view_as_real(matrices.resolve_conj().contiguous()).flatten(2)
+
+
+def from_reals(numbers: Tensor) -> Tensor:
+    """Return the matrices of `as_reals`."""
+    m = isqrt(numbers.shape[-1] // 2)
+    return torch.view_as_complex(numbers.unflatten(-1, (m, m, 2)))
+
+
+def _of_angles(like: Tensor, init_: Any) -> Tensor:
+    """Return skew matrices of given angles: the Lie algebra of a maximal torus of U(m), or of SO(m)."""
+    m = like.shape[-1]
+    angles = torch.empty(
+        *like.shape[:-2], m if like.is_complex() else m // 2, dtype=like.real.dtype, device=like.device
+    )
+    if init_ is None:
+        nn.init.uniform_(angles, -torch.pi, torch.pi)
+    else:
+        init_(angles)
+    if like.is_complex():
+        return torch.diag_embed(1j * angles)
+    subdiagonal = angles.new_zeros(*angles.shape[:-1], max(m - 1, 0))
+    subdiagonal[..., ::2] = angles
+    lower = torch.diag_embed(subdiagonal, offset=-1)
+    return lower - lower.mT

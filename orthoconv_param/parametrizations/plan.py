@@ -1,0 +1,180 @@
+"""`Plan`: how one call makes an orthogonal kernel. All choices that cost or save time are made here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from ..checks import Size
+from ..matrices.maps import Trivialization
+from ..torus.geometry import Geometry
+from ..torus.lattice import Lattice
+from ..torus.placement import Placement
+from .degree import SINGLE_TOLERANCE, Degree, skew_norm
+
+_SINGLE = (torch.float32, torch.complex64)
+_LARGEST_NORM_OF_SMALLER = 16  # above which a smaller torus seldom is one
+_FEWEST_CHANNELS_OF_SMALLER = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """The orthogonal kernels that generators of one geometry reach.
+
+    Args:
+        geometry: of the generator.
+        domain: on which they are orthogonal; None for the generator's own grid, ``"any"`` for every one.
+        triv: from skew to unitary matrices.
+        tolerance: their largest defect, where they are truncated.
+    """
+
+    geometry: Geometry
+    domain: Size | str | None
+    triv: str | Trivialization
+    tolerance: float
+
+    @property
+    def is_compact(self) -> bool:
+        """Return True if the kernels are those of an infinite grid, truncated."""
+        return self.domain == "any"
+
+    @property
+    def reach(self) -> Size:
+        """Return how far a generator's taps go from its centre, on the coarse grid."""
+        return self.geometry.placement.reach(self.geometry.taps, self.geometry.stride)
+
+    def degree(self, norm: float) -> Degree:
+        """Return the degree that a compact kernel needs for a norm."""
+        return Degree.of(self.triv, self.tolerance, self.reach, norm)
+
+    def lattice(self, degree: Degree | None) -> Lattice:
+        """Return the torus whose points are the kernel's taps.
+
+        Raises:
+            RuntimeError: if the kernel is compact and its degree is not known.
+        """
+        g = self.geometry
+        if not isinstance(self.domain, str):
+            return g.lattice(self.domain or g.taps)
+        if degree is None:
+            raise RuntimeError(
+                'K is not known: with domain="any", call the module once outside of torch.compile and vmap'
+            )
+        return Lattice.of_degree(degree.value, self.reach, g.stride, g.groups, g.is_complex)
+
+    def reads_more_of(self, images: Size, degree: Degree | None) -> bool:
+        """Return True if images are so small that a compact kernel wraps around their torus.
+
+        Their torus then has no more frequencies than the kernel's, and nothing needs to be truncated on it.
+        (One frequency is that of a single tap, which does not wrap.)
+        """
+        return self.is_compact and (
+            1 < self.lattice(degree).frequencies >= self.geometry.lattice(images).frequencies
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the matrices of an orthogonal kernel are made from its generator.
+
+    Args:
+        lattice: on which they are.
+        placement: of the generator's taps there.
+        dtype: in which the generator is exponentiated.
+        norm: of its skew part, at most; None if it is not known.
+        degree: of the compact kernel, from now on.
+        smaller: a torus on which the exponential has all the taps that count, if it is taken there.
+        refined: whether rounding is to be removed in double precision.
+    """
+
+    lattice: Lattice
+    placement: Placement
+    dtype: torch.dtype
+    norm: float | None
+    degree: Degree | None
+    smaller: Lattice | None
+    refined: bool
+
+
+def make_plan(
+    family: Family,
+    kernel: Tensor,
+    degree: Degree | None,
+    read: Callable[[Tensor], float | None],
+    images: Size | None = None,
+    dilation: Size = (),
+) -> Plan:
+    """Decide how to exponentiate a generator.
+
+    Args:
+        family: of the kernel.
+        kernel: the generator in space, in single precision at least.
+        degree: of the compact kernel up to now.
+        read: reads a scalar, or returns None where it has not arrived.
+        images: the domain of the images, if the matrices may be made on that: see `Family.reads_more_of`.
+        dilation: with which the compact kernel is applied to them.
+    """
+    geometry = family.geometry
+    norm = None
+    if family.is_compact or (
+        family.triv == "expm" and family.domain is not None and runtime.may_wait(kernel.device)
+    ):
+        norm = _norm(geometry, kernel, read)
+    if family.is_compact:
+        norm, degree = _follow(family, degree, norm, kernel)
+    lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
+    # dilation permutes the phases of a stride, which makes another generator
+    permuted = max(dilation, default=1) > 1 and max(geometry.stride) > 1
+    if images is not None and not permuted and family.reads_more_of(images, degree):
+        lattice, placement, truncated = geometry.lattice(images), placement.dilated(dilation), False
+    # Note [rounding below tol]
+    # A compact kernel also has to be orthogonal between the frequencies of its torus, where
+    # rounding shows more: 1e-6 at single precision. Exact products after a single precision
+    # exponential leave eps * norm, and double precision throughout nothing to speak of.
+    dtype, refined = kernel.dtype, False
+    if truncated and degree is not None:
+        error = torch.finfo(dtype).eps
+        if error * degree.level > family.tolerance:
+            dtype = torch.promote_types(dtype, torch.float64)
+        refined = dtype in _SINGLE and 10 * error > family.tolerance
+    smaller = None if family.is_compact or dtype not in _SINGLE else smaller_torus(family, norm)
+    return Plan(lattice, placement, dtype, norm, degree, smaller, refined)
+
+
+def smaller_torus(family: Family, norm: float | None) -> Lattice | None:
+    """Return a torus whose exponential has all the taps that count on a given one, at half the cost."""
+    geometry, lattice = family.geometry, family.lattice(None)
+    if norm is None or not norm < _LARGEST_NORM_OF_SMALLER:
+        return None
+    if max(lattice.blocks(geometry.size)) < _FEWEST_CHANNELS_OF_SMALLER:
+        return None
+    degree = Degree.of(family.triv, SINGLE_TOLERANCE, family.reach, norm).value
+    smaller = Lattice.of_degree(degree, family.reach, geometry.stride, geometry.groups, geometry.is_complex)
+    return smaller if 2 * smaller.frequencies < lattice.frequencies else None
+
+
+def _norm(geometry: Geometry, kernel: Tensor, read: Callable[[Tensor], float | None]) -> float | None:
+    """Return a bound on the norm of a generator's skew part at all frequencies, if it can be read."""
+    if not runtime.may_read(kernel):
+        return None
+    return read(skew_norm(kernel, geometry.placement, geometry.stride, geometry.groups))
+
+
+def _follow(
+    family: Family, degree: Degree | None, norm: float | None, kernel: Tensor
+) -> tuple[float | None, Degree | None]:
+    """Return the norm, if it is known, and the degree that it needs.
+
+    Under `torch.compile`, `vmap` and graph capture a value cannot be read: the degree stays.
+    """
+    if kernel.is_meta:
+        return None, degree or family.degree(0.0)
+    unknown = norm is None or norm != norm or (norm == inf and not runtime.may_wait(kernel.device))
+    if norm is None or (unknown and degree is not None):
+        return None, degree  # not there yet, or a generator that is not finite: its kernel says so
+    if degree is not None and degree.covers(norm):
+        return norm, degree
+    return norm, family.degree(norm)

@@ -1,0 +1,297 @@
+"""The process and the device: what may be read, waited for, kept or compiled; private names of torch.
+
+The mathematics elsewhere has no branch about these: it asks here.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+_Value = TypeVar("_Value")
+
+# Asked once: below torch 2.12 the question cannot be compiled.
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
+)
+_KEPT = "orthoconv_param"  # our only key in torch's cache, which it empties at the end of a block
+
+
+# Compiling and transforming
+
+
+def is_compiling() -> bool:
+    """Return True in what `torch.compile` or `torch.export` traces."""
+    return torch.compiler.is_compiling()
+
+
+def is_exported_directly() -> bool:
+    """Return True in what is traced for runtimes without Fourier transforms, or without complex numbers."""
+    return (is_compiling() and torch.onnx.is_in_onnx_export()) or is_jit_traced()
+
+
+def is_jit_traced() -> bool:
+    """Return True in what `torch.jit.trace` records, where sizes are tensors."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Return True where something else than a backward pass may ask for derivatives."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active() or is_compiling()
+
+
+def is_batched(x: Tensor) -> bool:
+    """Return True for the tensors that ``vmap`` passes, or that a batched backward pass does."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return True where nobody asks for derivatives, and no map is made over a batch."""
+    return not (torch.is_grad_enabled() or is_transformed() or is_batched(x))
+
+
+# Backward passes
+
+
+def backward_pass() -> int:
+    """Return a number that tells one running backward pass from another."""
+    return torch._C._current_graph_task_id()
+
+
+def will_run(node: Any) -> bool:
+    """Return True if the running backward pass is to reach a node of the graph."""
+    return torch._C._will_engine_execute_node(node)
+
+
+# Devices
+
+
+def may_wait(device: torch.device) -> bool:
+    """Return True where reading a value, as the steps that a norm needs, does not stall the device."""
+    return device.type == "cpu"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return True while a CUDA graph is recorded."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def may_keep(device: torch.device) -> bool:
+    """Return True where a tensor that is made may be kept for later calls."""
+    return not (
+        is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or is_capturing(device)
+    )
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Keep what is computed in the precision that it is given in."""
+    if is_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def is_autocast(device_type: str) -> bool:
+    """Return True within `torch.autocast` for a device."""
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
+# Memory
+
+
+def owned(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Return a tensor in a memory format that is no view and shares no memory: itself, or a copy.
+
+    Torch refuses to change a view in place that a custom Function returns.
+    """
+    y = x.contiguous(memory_format=memory_format)
+    if y is not x or type(x) is not Tensor or is_transformed() or is_batched(x):
+        return y
+    alone = not x._is_view() and x.untyped_storage().nbytes() == x.nbytes
+    return x if alone else x.clone(memory_format=memory_format)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format of images, which a convolution keeps. Under ``vmap`` torch does not tell."""
+    if not is_compiling() and is_batched(x):
+        return torch.contiguous_format
+    for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.ndim == axes and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format
+
+
+# Reading values
+
+
+def may_read(x: Tensor) -> bool:
+    """Return True if a tensor has a value that the host can read. Under ``vmap``, see `read`."""
+    return not (is_compiling() or x.is_meta or is_capturing(x.device))
+
+
+def read(x: Tensor) -> float | None:
+    """Return the value of a scalar, waiting for it; None under ``vmap``, where it has several."""
+    try:
+        return float(x)
+    except RuntimeError:
+        return None
+
+
+def is_finite(x: Tensor) -> bool:
+    """Return False if a tensor is known not to be finite.
+
+    On CUDA it is asked under `torch.autograd.set_detect_anomaly` only, since reading that waits.
+    """
+    if not may_read(x) or not (may_wait(x.device) or torch.is_anomaly_enabled()):
+        return True
+    return read(torch.isfinite(x.detach()).all()) != 0
+
+
+class LateReader:
+    """Reads a scalar at each of many calls: on a GPU the last value that has arrived, without waiting.
+
+    An event belongs to this process and this copy: it is neither pickled nor copied.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self, wait: bool = True) -> None:
+        """Drop what is under way; at the next call wait for the value if ``wait``."""
+        self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+        self._waits = wait
+
+    def __call__(self, x: Tensor) -> float | None:
+        """Return a value, or None if none has arrived."""
+        if may_wait(x.device) or self._waits:
+            self._waits = False
+            return read(x)
+        arrived = None
+        if self._in_flight is not None and self._in_flight[1].query():
+            arrived, self._in_flight = float(self._in_flight[0]), None
+        if self._in_flight is None:
+            host = torch.empty((), dtype=x.dtype, pin_memory=True)
+            host.copy_(x, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._in_flight = host, event
+        return arrived
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_in_flight": None, "_waits": self._waits}
+
+
+# Keeping results within `parametrize.cached()`
+
+
+def is_cached() -> bool:
+    """Return True within `torch.nn.utils.parametrize.cached`."""
+    return bool(parametrize._cache_enabled)
+
+
+def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], _Value]) -> _Value:
+    """Compute once per `parametrize.cached()` block.
+
+    A result is used again only for the same tensors, and where a graph is needed only if it has one: what a
+    first call computed under `torch.no_grad` is not what a later one trains.
+
+    Args:
+        owner: whose result it is; it outlives the block, or ``of`` tells its successors apart.
+        key: which of its results.
+        of: the tensors that it is computed from.
+        compute: makes it.
+    """
+    if not parametrize._cache_enabled:
+        return compute()
+    results = _results()
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in of)
+    for has_graph in (True,) if graph else (True, False):
+        entry = results.get((id(owner), key, has_graph))
+        if entry is not None and (is_compiling() or all(a is b for a, b in zip(entry[0], of, strict=True))):
+            return entry[1]
+    value = compute()
+    results[id(owner), key, graph] = of, value
+    return value
+
+
+def _results() -> dict[Any, Any]:
+    cache: Any = parametrize._cache
+    return cache.setdefault(_KEPT, {})
+
+
+def forget(owner: object) -> None:
+    """Drop what `once` has kept of an owner: something else than its tensors has changed."""
+    if not is_cached():
+        return
+    results = _results()
+    for key in [key for key in results if key[0] == id(owner)]:
+        del results[key]
+
+
+# Sharded parameters
+
+
+def is_part(x: Tensor) -> bool:
+    """Return True for a DTensor: the part of a parameter that `fully_shard` leaves on a rank."""
+    return hasattr(x, "full_tensor")
+
+
+def refuse_assigning_to_parts() -> None:
+    """Raise if the parametrized tensor that is being assigned to is sharded.
+
+    Raises:
+        RuntimeError: then, before anything is changed.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    # Torch hands a parametrization the value alone, and notices only when it has changed. Nothing but the
+    # calling frames knows of which list `right_inverse` is called.
+    frame = inspect.currentframe()
+    while frame is not None:
+        stack = frame.f_locals.get("self")
+        if isinstance(stack, ParametrizationList):
+            if any(is_part(parameter) for parameter in stack.parameters(recurse=False)):
+                raise RuntimeError(
+                    "weight should be assigned before `fully_shard`, while the generator is whole. Found a "
+                    "part of it (a DTensor)"
+                )
+            return
+        frame = frame.f_back
+
+
+# Torch's modules
+
+
+def leave_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Let a module be of a class once torch has taken away its parametrized one.
+
+    Called while torch does so, after it has removed one of the parametrized tensors. Others may remain.
+    """
+    module.__class__ = cls
+    parametrize._inject_new_class(module)
+    inject_properties(module, parametrized_names(module))
+
+
+def parametrized_names(module: Any) -> list[str]:
+    """Return which tensors of a module are parametrized."""
+    return [*module.parametrizations]
+
+
+def inject_properties(module: nn.Module, names: Iterable[str]) -> None:
+    """Give a module's own class the properties of its parametrized tensors."""
+    for name in names:
+        parametrize._inject_property(module, name)
+
+
+EXTRA_STATE = "_extra_state"  # the end of the key of what `get_extra_state` returns
+REPEATED_PADDING = "_reversed_padding_repeated_twice"  # what they pad by where they do not pad by zeros

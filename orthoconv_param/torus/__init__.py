@@ -1,0 +1,1 @@
+"""What is convolved and where: geometry, boundaries, kernels and their spectra on periodic grids."""

@@ -1,0 +1,204 @@
+"""`Geometry`: a convolution as torch's modules describe it, apart from what happens at the image's edges.
+
+Its matrix is that of a strided convolution of ``size = (out, in/groups, *taps)``, from a fine grid to a
+coarse one. A transposed convolution has the same weight, applies the transpose, and goes from the coarse
+grid to the fine one. The fine grid is called the domain in both cases.
+"""
+
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import Size, per_axis
+from .lattice import Lattice
+from .placement import Placement
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution is, but for its weight's values and its boundary.
+
+    Args:
+        size: of its weight, ``(out, in/groups, *taps)``; transposed, ``(in, out/groups, *taps)``.
+        stride: on each axis.
+        groups: which divide both channel counts.
+        placement: of its taps.
+        transposed: whether the transpose is applied.
+        is_complex: whether its weight is complex.
+    """
+
+    size: Size
+    stride: Size
+    groups: int
+    placement: Placement
+    transposed: bool = False
+    is_complex: bool = False
+
+    @classmethod
+    def of(cls, module: Any, size: Size | None = None, keeps_size: bool = True) -> "Geometry":
+        """Return the geometry of one of torch's convolution modules.
+
+        Args:
+            module: the convolution.
+            size: of its weight. Default: the present one.
+            keeps_size: whether to raise if its padding does not keep the image's size.
+
+        Raises:
+            ValueError: then, or if a stride or dilation is not positive.
+        """
+        size = tuple(size or module.weight.shape)
+        axes = len(size) - 2
+        stride, dilation = (
+            per_axis("stride", module.stride, axes),
+            per_axis("dilation", module.dilation, axes),
+        )
+        # the dilation of a single tap says nothing
+        dilation = tuple(r if k > 1 else 1 for r, k in zip(dilation, size[2:], strict=True))
+        spans = tuple(r * (k - 1) for k, r in zip(size[2:], dilation, strict=True))
+        padding = _padding(module, spans)
+        if keeps_size:
+            _check_padding(module, padding, spans, stride)
+        is_complex = module.weight.is_complex()
+        placement = Placement(dilation, padding)
+        return cls(size, stride, module.groups, placement, module.transposed, is_complex)
+
+    @property
+    def axes(self) -> int:
+        """Axes of space."""
+        return len(self.stride)
+
+    @property
+    def taps(self) -> Size:
+        """Taps on each axis."""
+        return self.size[2:]
+
+    @property
+    def dilation(self) -> Size:
+        """Samples from one tap to the next, on each axis."""
+        return self.placement.dilation
+
+    @property
+    def taken(self) -> int:
+        """Channels that it takes."""
+        return self.size[0] if self.transposed else self.size[1] * self.groups
+
+    @property
+    def given(self) -> int:
+        """Channels that it gives."""
+        return self.size[1] * self.groups if self.transposed else self.size[0]
+
+    def lattice(self, domain: Size) -> Lattice:
+        """Return the torus of this size for kernels of this geometry."""
+        return Lattice(domain, self.stride, self.groups, self.is_complex)
+
+    def domain(self, images: Size) -> Size:
+        """Return the fine grid of images of this size that it takes."""
+        return self._times_stride(images) if self.transposed else images
+
+    def images(self, domain: Size) -> Size:
+        """Return the size of the images that it takes for a fine grid."""
+        return self.coarse(domain) if self.transposed else domain
+
+    def coarse(self, domain: Size) -> Size:
+        """Return the coarse grid of a fine one."""
+        return tuple(n // s for n, s in zip(domain, self.stride, strict=True))
+
+    def check_divisible(self, domain: Size) -> None:
+        """Raise if a fine grid is empty or not divisible by the stride.
+
+        Raises:
+            ValueError: then.
+        """
+        what = "output" if self.transposed else "input"
+        if min(domain) < 1:
+            raise ValueError(
+                f"{what} should have at least one sample on each axis, and a size divisible by the stride "
+                f"{self.stride}. Found {domain}"
+            )
+        if any(n % s for n, s in zip(domain, self.stride, strict=True)):
+            raise ValueError(
+                f"{what} should be of a size divisible by the stride {self.stride}. Found {domain}"
+            )
+
+    def check_existence(self, size: Size, groups: int) -> None:
+        """Raise if no semi-orthogonal operator of this stride and dilation exists.
+
+        Args:
+            size: of what is to be orthogonal: the weight, or the blocks of it that are.
+            groups: likewise.
+
+        Raises:
+            ValueError: then.
+        """
+        common = tuple(gcd(s, r) for s, r in zip(self.stride, self.dilation, strict=True))
+        out, seen = size[0] // groups, size[1] * prod(self.stride) // prod(common)
+        if out > seen and max(common) > 1:
+            raise ValueError(
+                f"stride {self.stride} and dilation {self.dilation} leave no semi-orthogonal operator: "
+                f"they see one of {prod(common)} samples. They should have no common factor, or, in each "
+                f"group, the {out} channels on the coarse side be at most {seen}"
+            )
+
+    def _times_stride(self, size: Size) -> Size:
+        return tuple(n * s for n, s in zip(size, self.stride, strict=True))
+
+
+def torch_class(module: Any) -> type[nn.Module] | None:
+    """Return the class of torch's convolutions that a module is of, or None."""
+    return next((c for c in CONVOLUTIONS if isinstance(module, c)), None)
+
+
+def convolve(x: Tensor, kernel: Tensor, stride: Size, padding: Size, dilation: Size, groups: int) -> Tensor:
+    """Return torch's own convolution on any number of axes, zero-padded, without a bias."""
+    function = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+    return function(x, kernel, None, stride, padding, dilation, groups)
+
+
+def convolve_transposed(
+    x: Tensor, kernel: Tensor, stride: Size, padding: Size, rest: Size, dilation: Size, groups: int
+) -> Tensor:
+    """Return the transpose of `convolve`; ``rest`` is torch's ``output_padding``."""
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(stride) - 1]
+    return function(x, kernel, None, stride, padding, rest, groups, dilation)
+
+
+def _padding(module: Any, spans: Size) -> Size:
+    """Return how far before the output's position the first tap stands, on each axis."""
+    if module.padding == "same":
+        return tuple(span // 2 for span in spans)
+    return (0,) * len(spans) if module.padding == "valid" else tuple(module.padding)
+
+
+def _check_padding(module: Any, padding: Size, spans: Size, stride: Size) -> None:
+    """Raise if a module does not keep the size of an image, over its stride.
+
+    Raises:
+        ValueError: then; it names the padding that does.
+    """
+    if module.padding == "same":
+        return
+    axes = list(zip(spans, padding, stride, module.output_padding, strict=True))
+    if module.transposed:
+        keeps = all(span - 2 * p == s - 1 - rest for span, p, s, rest in axes)
+    else:
+        keeps = all(0 <= span - 2 * p <= s - 1 for span, p, s, _ in axes)
+    if keeps:
+        return
+    right, found = f"padding={tuple(span // 2 for span in spans)}", f"padding={module.padding!r}"
+    if module.transposed:
+        right += f", output_padding={tuple(s - 1 - span % 2 for span, _, s, _ in axes)}"
+        found += f", output_padding={module.output_padding}"
+    if any(span % 2 and s == 1 for span, _, s, _ in axes):
+        possible = not module.transposed and max(stride) == 1
+        right = (
+            'padding="same"' if possible else "with stride 1 no even kernel does, if its dilation is odd"
+        )
+    by = "" if max(stride) == 1 else f", but for the stride {stride}"
+    raise ValueError(f"padding should keep the size{by}: {right}. Found {found}")
