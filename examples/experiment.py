@@ -138,16 +138,22 @@ def population(make: Callable[[int], Recurrent], seeds: Sequence[int]) -> Recurr
     networks = []
     for seed in seeds:
         torch.manual_seed(seed)
-        networks.append(make(1).state_dict())
+        networks.append(numbers(make(1)))
     result = make(len(seeds))
     result.load_state_dict({name: torch.cat([n[name] for n in networks]) for name in networks[0]})
     return result
 
 
+def numbers(network: Recurrent) -> dict[str, Tensor]:
+    """Return what of a network's state is numbers; the rest are words that say what they are of."""
+    state = network.state_dict()
+    return {name: x for name, x in state.items() if x.is_floating_point() or x.is_complex()}
+
+
 def members(make: Callable[[int], Recurrent], network: Recurrent, which: Tensor, of: int) -> Recurrent:
     """The network of some of the groups of another."""
     result = make(len(which))
-    state = network.state_dict()
+    state = numbers(network)
     result.load_state_dict({k: v.unflatten(0, (of, -1))[which].flatten(0, 1) for k, v in state.items()})
     return result
 

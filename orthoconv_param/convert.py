@@ -20,8 +20,7 @@ from .parametrizations import signature
 from .parametrizations.exponential import ConvExponential
 from .torus.boundary import CIRCULAR, Boundary, boundary_named, boundary_of
 from .torus.geometry import CONVOLUTIONS, Geometry, torch_class
-from .torus.lattice import Lattice
-from .torus.placement import Placement
+from .torus.lattice import Lattice, Placement
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from .checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
 from .matrices import products, unitary
 from .torus import circular
-from .torus.lattice import Lattice
-from .torus.placement import Placement
+from .torus.lattice import Lattice, Placement
 
 __all__ = [
     "adjoint",

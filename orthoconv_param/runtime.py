@@ -6,7 +6,8 @@ The mathematics elsewhere has no branch about these: it asks here.
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 _Value = TypeVar("_Value")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # Asked once: below torch 2.12 the question cannot be compiled.
 _AUTOCAST_DEVICES = frozenset(
@@ -101,6 +103,17 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def in_full_precision(method: _Method) -> _Method:
+    """Decorate a method of a module: what it computes of a tensor is kept in the precision of that."""
+
+    @wraps(method)
+    def kept(self: Any, X: Any, *arguments: Any, **options: Any) -> Any:
+        with no_autocast((X if isinstance(X, Tensor) else X[0]).device.type):
+            return method(self, X, *arguments, **options)
+
+    return cast("_Method", kept)
+
+
 def is_autocast(device_type: str) -> bool:
     """Return True within `torch.autocast` for a device."""
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
@@ -145,6 +158,21 @@ def read(x: Tensor) -> float | None:
         return float(x)
     except RuntimeError:
         return None
+
+
+def flaw(x: Tensor) -> tuple[type[Exception], str] | None:
+    """Return what is wrong with a trained parameter, if it is sharded or known not to be finite."""
+    if not is_compiling() and is_part(x):
+        return RuntimeError, (
+            "should be whole. Found a part of it (a DTensor): a model that `fully_shard` has taken has its "
+            "weights in forward only, or between `model.unshard()` and `model.reshard()`"
+        )
+    if not is_finite(x):
+        return ValueError, (
+            "should be finite. Found nan or inf: a step of the optimizer was too large, or the gradient "
+            "that it took was not finite"
+        )
+    return None
 
 
 def is_finite(x: Tensor) -> bool:

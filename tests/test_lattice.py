@@ -7,9 +7,7 @@ from oracles import dense, hartley, phases_first, random
 from orthoconv_param.checks import per_axis
 from orthoconv_param.torus import dft
 from orthoconv_param.torus.boundary import crop
-from orthoconv_param.torus.dft import pack, unpack
-from orthoconv_param.torus.lattice import Lattice, sampling
-from orthoconv_param.torus.placement import Placement, centre
+from orthoconv_param.torus.lattice import Lattice, Placement, centre, pack, sampling, unpack
 
 close = torch.testing.assert_close
 

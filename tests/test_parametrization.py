@@ -21,8 +21,7 @@ from torch.nn.utils.parametrize import (
 
 from orthoconv_param import ConvExponential, functional, generators, orthogonality_defect
 from orthoconv_param.parametrizations.degree import default_tolerance
-from orthoconv_param.torus.dft import pack, unpack
-from orthoconv_param.torus.lattice import Lattice
+from orthoconv_param.torus.lattice import Lattice, pack, unpack
 
 close = torch.testing.assert_close
 

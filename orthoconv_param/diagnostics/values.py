@@ -11,8 +11,7 @@ from ..convert import convolves, geometry_of
 from ..module import operator_of
 from ..torus.boundary import boundary_of
 from ..torus.geometry import CONVOLUTIONS
-from ..torus.lattice import Lattice
-from ..torus.placement import Placement
+from ..torus.lattice import Lattice, Placement
 
 _LARGEST_DENSE = 2**27  # entries: one gigabyte
 

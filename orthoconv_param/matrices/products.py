@@ -6,6 +6,7 @@ Both make adjoints in memory rather than take torch's lazily conjugated views.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import runtime
@@ -26,7 +27,14 @@ from .. import runtime
 
 
 def skew(X: Tensor) -> Tensor:
-    """Return the skew-Hermitian part ``(X - X^H) / 2`` of matrices ``(..., n, n)``."""
+    """Return the skew-Hermitian part ``(X - X^H) / 2`` of matrices ``(..., n, n)``.
+
+    Rectangular ones are padded to square ones by zeros.
+    """
+    rows, columns = X.shape[-2:]
+    if rows != columns:
+        m = max(rows, columns)
+        X = F.pad(X, (0, m - columns, 0, m - rows))
     return (X - X.mH.resolve_conj()) * 0.5  # see Note [lazy conjugates]
 
 

@@ -9,8 +9,7 @@ from .. import runtime
 from ..checks import Size
 from ..torus.boundary import Boundary
 from ..torus.geometry import Geometry
-from ..torus.lattice import Lattice
-from ..torus.placement import Placement
+from ..torus.lattice import Lattice, Placement
 from .weight import Weight
 
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import runtime
 from ..checks import Size
 from ..matrices.products import product
 from ..matrices.unitary import polar_decomposition
 from ..torus.lattice import Lattice
 from .exponential import ConvExponential, as_reals, from_reals
+from .plan import Plan
 
 
 class Annealed(ConvExponential):
@@ -50,21 +50,18 @@ class Annealed(ConvExponential):
         """Drop what is not needed once ``t`` is 1."""
         self.t = self.directions = self.values = None
 
-    def spectrum(
-        self, X: Tensor, images: Size | None = None, dilation: Size = ()
-    ) -> tuple[Lattice, Tensor]:
+    def _matrices(self, kernel: Tensor, plan: Plan) -> Tensor:
         """Return those of `ConvExponential`, times ``P^(1 - t)``, which is on the left of wide matrices."""
-        lattice, Q = super().spectrum(X, images, dilation)
+        Q = super()._matrices(kernel, plan)
         if self.t is None:
-            return lattice, Q
+            return Q
         assert self.directions is not None
         assert self.values is not None
-        with runtime.no_autocast(X.device.type):
-            V = from_reals(self.directions).to(Q.dtype)
-            powers = self.values.unsqueeze(-2) ** (1 - self.t)
-            if Q.shape[-2] >= Q.shape[-1]:
-                return lattice, product(product(Q, V) * powers, V.mH.resolve_conj())
-            return lattice, product(V * powers, product(V.mH.resolve_conj(), Q))
+        V = from_reals(self.directions).to(Q.dtype)
+        powers = self.values.unsqueeze(-2) ** (1 - self.t)
+        if Q.shape[-2] >= Q.shape[-1]:
+            return product(product(Q, V) * powers, V.mH.resolve_conj())
+        return product(V * powers, product(V.mH.resolve_conj(), Q))
 
     @torch.no_grad()
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:

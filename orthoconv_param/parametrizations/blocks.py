@@ -66,6 +66,7 @@ class Blocks(nn.Module):
         """Taps of the weight: one for each point of the torus."""
         return self.exponential.taps
 
+    @runtime.in_full_precision
     def forward(self, X: Tensor, rest: Tensor | None = None) -> Tensor:
         """Return the kernel of a generator of the blocks and the taps of the rest.
 
@@ -78,9 +79,9 @@ class Blocks(nn.Module):
             ``(out, in/groups, *torus)``.
         """
         lattice, M = self.spectrum((X,) if rest is None else (X, rest))
-        with runtime.no_autocast(X.device.type):
-            return lattice.kernel(M).to(X.dtype)
+        return lattice.kernel(M).to(X.dtype)
 
+    @runtime.in_full_precision
     def spectrum(
         self, X: tuple[Tensor, ...], images: Size | None = None, dilation: Size = ()
     ) -> tuple[Lattice, Tensor]:
@@ -91,9 +92,8 @@ class Blocks(nn.Module):
         out, cin = self.size[:2]
         M = Q.new_zeros(whole.frequencies, out * cin, phases)
         if len(X) > 1:
-            with runtime.no_autocast(X[1].device.type):
-                alone = Lattice(whole.domain, whole.stride, 1, whole.is_complex)
-                rest = alone.spectrum(at_least_single(X[1]), self.exponential.placement)
+            alone = Lattice(whole.domain, whole.stride, 1, whole.is_complex)
+            rest = alone.spectrum(at_least_single(X[1]), self.exponential.placement)
             M[:, self._free(M.device)] = rest.squeeze(0).to(M.dtype)
         pairs = M.unflatten(1, (out, cin))
         for (rows, columns), block in zip(self.blocks, Q, strict=True):

@@ -11,14 +11,10 @@ from math import ceil, inf, isfinite, log2, prod
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..checks import HALF, Size
 from ..matrices.maps import Trivialization, name, trivialization
-from ..matrices.norms import norm_bound
-from ..matrices.products import skew
-from ..torus.lattice import Lattice, sampling
-from ..torus.placement import Placement
+from ..torus.lattice import Lattice
 
 SINGLE_TOLERANCE = 2e-7
 
@@ -63,23 +59,6 @@ def default_tolerance(dtype: torch.dtype) -> float:
     if dtype in HALF:
         return 1e-4
     return 1e-12 if dtype in (torch.float64, torch.complex128) else SINGLE_TOLERANCE
-
-
-def skew_norm(kernel: Tensor, placement: Placement, stride: Size, groups: int) -> Tensor:
-    """Return a bound on the norm of a generator's skew part at all frequencies, a scalar."""
-    with torch.no_grad():
-        points, factor = sampling(placement.reach(tuple(kernel.shape[2:]), stride))
-        lattice = Lattice(points, stride, groups, kernel.is_complex()).resolution(points)
-        square = padded_to_square(lattice.spectrum(kernel.detach(), placement))
-        return norm_bound(skew(square)).amax() * factor
-
-
-def padded_to_square(spectrum: Tensor) -> Tensor:
-    """Return a spectrum's matrices, padded to square ones by zeros."""
-    rows, columns = spectrum.shape[-2:]
-    m = max(rows, columns)
-    sides = (0, m - columns, 0, m - rows)
-    return spectrum if rows == columns else torch.nn.functional.pad(spectrum, sides)
 
 
 def _rounded_up(norm: float) -> float:

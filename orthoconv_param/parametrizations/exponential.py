@@ -23,12 +23,10 @@ from ..matrices import maps
 from ..matrices.expm import expm_frame
 from ..matrices.products import product, skew
 from ..matrices.unitary import haar, polar, polar_frame, refine, semi_orthogonal
-from ..torus.dft import pack, unpack
 from ..torus.geometry import Geometry
-from ..torus.lattice import Lattice
-from ..torus.placement import Placement
+from ..torus.lattice import Lattice, Placement, pack, unpack
 from . import signature
-from .degree import Degree, default_tolerance, padded_to_square
+from .degree import Degree, default_tolerance
 from .plan import Family, Plan, make_plan
 
 
@@ -230,6 +228,7 @@ class ConvExponential(nn.Module):
 
     # From the generator to the kernel
 
+    @runtime.in_full_precision
     def forward(self, X: Tensor) -> Tensor:
         """Return the orthogonal kernel of a generator.
 
@@ -246,9 +245,9 @@ class ConvExponential(nn.Module):
             RuntimeError: if the generator is a part of one, as FSDP keeps it outside of forward.
         """
         lattice, Q = self.spectrum(X)
-        with runtime.no_autocast(X.device.type):
-            return lattice.kernel(Q).to(X.dtype).contiguous()
+        return lattice.kernel(Q).to(X.dtype).contiguous()
 
+    @runtime.in_full_precision
     def spectrum(
         self, X: Tensor, images: Size | None = None, dilation: Size = ()
     ) -> tuple[Lattice, Tensor]:
@@ -269,15 +268,17 @@ class ConvExponential(nn.Module):
         Raises:
             ValueError, RuntimeError: as `forward` does.
         """
+        if self.geometry is None:  # stacked on another parametrization: nothing was inverted here
+            self._adopt(X)
         self._check_generator(X)
-        with runtime.no_autocast(X.device.type):
-            kernel = unpack(at_least_single(X))
-            plan = make_plan(self._family(), kernel, self.compact, self._reader, images, dilation)
-            if plan.degree is not self.compact:
-                self.compact = plan.degree
-            return plan.lattice, self._matrices(kernel.to(plan.dtype), plan)
+        kernel = unpack(X)
+        plan = make_plan(self._family(), kernel, self.compact, self._reader, images, dilation)
+        if plan.degree is not self.compact:
+            self.compact = plan.degree
+        return plan.lattice, self._matrices(kernel.to(plan.dtype), plan)
 
     def _matrices(self, kernel: Tensor, plan: Plan) -> Tensor:
+        """Return the matrices of a generator in space, as planned."""
         torus = plan.smaller or plan.lattice
         Q = self._map(torus.spectrum(kernel, plan.placement), plan.norm)
         if plan.smaller is not None:
@@ -292,29 +293,19 @@ class ConvExponential(nn.Module):
         rows, columns = spectrum.shape[-2:]
         if self.triv == "expm" and max(rows, columns) > 1:
             return expm_frame(spectrum, norm)
-        unitary = maps.trivialization(self.triv)(skew(padded_to_square(spectrum)))
+        unitary = maps.trivialization(self.triv)(skew(spectrum))
         return unitary[..., :rows, :columns]
 
     def _check_generator(self, X: Tensor) -> None:
         """Raise if a generator is sharded, of another size or, where that can be read, not finite."""
-        if self.geometry is None:  # stacked on another parametrization: nothing was inverted here
-            self._adopt(X)
-        elif tuple(X.shape) != self.geometry.size:
-            raise ValueError(
-                f"the generator should be of size {self.geometry.size}. Found {tuple(X.shape)}"
-            )
-        of = "" if self.owner is None else f" of {self.owner}"
-        if not runtime.is_compiling() and runtime.is_part(X):
-            raise RuntimeError(
-                f"the generator{of} should be whole. Found a part of it (a DTensor): a model that "
-                "`fully_shard` has taken has its weights in forward only, or between `model.unshard()` and "
-                "`model.reshard()`"
-            )
-        if not runtime.is_finite(X):
-            raise ValueError(
-                f"the generator{of} should be finite. Found nan or inf: a step of the optimizer was too "
-                "large, or the gradient that it took was not finite"
-            )
+        size = self._registered()[0].size
+        if tuple(X.shape) != size:
+            raise ValueError(f"the generator should be of size {size}. Found {tuple(X.shape)}")
+        flaw = runtime.flaw(X)
+        if flaw is not None:
+            kind, words = flaw
+            of = "" if self.owner is None else f" of {self.owner}"
+            raise kind(f"the generator{of} {words}")
 
     # From a kernel to the generator
 
@@ -407,12 +398,9 @@ class ConvExponential(nn.Module):
     def _adopt(self, X: Tensor) -> None:
         """Take the size, dtype and device of the first generator."""
         if self.geometry is None:
-            self._check(X, finite=False)
-            taps = tuple(X.shape[2:])
-            stride = per_axis("stride", self.stride, len(taps))
-            placement = self._placement_for(X)
-            self.geometry = Geometry(
-                tuple(X.shape), stride, self.groups, placement, is_complex=X.is_complex()
+            size, given = tuple(X.shape), None if isinstance(self.domain, str) else self.domain
+            self.geometry = Geometry.of_weight(
+                size, X.is_complex(), self.stride, self.groups, self.placement, given
             )
             self._reference = X.new_empty(0)
 
@@ -557,8 +545,6 @@ class ConvExponential(nn.Module):
             "method": "exponential",
             "domain": "any" if family.is_compact else signature.by_axis(family.lattice(None).domain),
             "taps": signature.by_axis(family.geometry.taps),
-            "stride": signature.by_axis(family.geometry.stride),
-            "groups": str(self.groups),
             **({"triv": self.triv} if isinstance(self.triv, str) else {}),
         }
         return {**words, **self.context}

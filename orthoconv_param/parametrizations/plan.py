@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from ..matrices.maps import Trivialization
+from ..matrices.norms import norm_bound
+from ..matrices.products import skew
 from ..torus.geometry import Geometry
-from ..torus.lattice import Lattice
-from ..torus.placement import Placement
-from .degree import SINGLE_TOLERANCE, Degree, skew_norm
+from ..torus.lattice import Lattice, Placement, sampling
+from .degree import SINGLE_TOLERANCE, Degree
+
+Reader: TypeAlias = Callable[[Tensor], float | None]
 
 _SINGLE = (torch.float32, torch.complex64)
 _LARGEST_NORM_OF_SMALLER = 16  # above which a smaller torus seldom is one
@@ -103,7 +107,7 @@ def make_plan(
     family: Family,
     kernel: Tensor,
     degree: Degree | None,
-    read: Callable[[Tensor], float | None],
+    reader: Reader,
     images: Size | None = None,
     dilation: Size = (),
 ) -> Plan:
@@ -113,7 +117,7 @@ def make_plan(
         family: of the kernel.
         kernel: the generator in space, in single precision at least.
         degree: of the compact kernel up to now.
-        read: reads a scalar, or returns None where it has not arrived.
+        reader: reads a scalar, or returns None where it has not arrived.
         images: the domain of the images, if the matrices may be made on that: see `Family.reads_more_of`.
         dilation: with which the compact kernel is applied to them.
     """
@@ -122,9 +126,11 @@ def make_plan(
     if family.is_compact or (
         family.triv == "expm" and family.domain is not None and runtime.may_wait(kernel.device)
     ):
-        norm = _norm(geometry, kernel, read)
+        norm = _norm(geometry, kernel, reader)
     if family.is_compact:
-        norm, degree = _follow(family, degree, norm, kernel)
+        norm, degree = _follow(family, degree, norm, runtime.may_wait(kernel.device))
+        if degree is None and kernel.is_meta:
+            degree = family.degree(0.0)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
     # dilation permutes the phases of a stride, which makes another generator
     permuted = max(dilation, default=1) > 1 and max(geometry.stride) > 1
@@ -156,23 +162,24 @@ def smaller_torus(family: Family, norm: float | None) -> Lattice | None:
     return smaller if 2 * smaller.frequencies < lattice.frequencies else None
 
 
-def _norm(geometry: Geometry, kernel: Tensor, read: Callable[[Tensor], float | None]) -> float | None:
+def _norm(geometry: Geometry, kernel: Tensor, reader: Reader) -> float | None:
     """Return a bound on the norm of a generator's skew part at all frequencies, if it can be read."""
     if not runtime.may_read(kernel):
         return None
-    return read(skew_norm(kernel, geometry.placement, geometry.stride, geometry.groups))
+    points, factor = sampling(geometry.placement.reach(geometry.taps, geometry.stride))
+    with torch.no_grad():
+        spectrum = geometry.lattice(points).resolution(points).spectrum(kernel.detach(), geometry.placement)
+        return reader(norm_bound(skew(spectrum)).amax() * factor)
 
 
 def _follow(
-    family: Family, degree: Degree | None, norm: float | None, kernel: Tensor
+    family: Family, degree: Degree | None, norm: float | None, waits: bool
 ) -> tuple[float | None, Degree | None]:
     """Return the norm, if it is known, and the degree that it needs.
 
     Under `torch.compile`, `vmap` and graph capture a value cannot be read: the degree stays.
     """
-    if kernel.is_meta:
-        return None, degree or family.degree(0.0)
-    unknown = norm is None or norm != norm or (norm == inf and not runtime.may_wait(kernel.device))
+    unknown = norm is None or norm != norm or (norm == inf and not waits)
     if norm is None or (unknown and degree is not None):
         return None, degree  # not there yet, or a generator that is not finite: its kernel says so
     if degree is not None and degree.covers(norm):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from .geometry import Geometry, convolve, convolve_transposed
-from .placement import Placement, centre, spread
+from .lattice import Placement, centre, spread
 
 
 class Boundary(ABC):

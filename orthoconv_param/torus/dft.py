@@ -1,4 +1,4 @@
-"""Discrete Fourier transforms: along an axis, of a kernel on its own grid; which frequencies pair up."""
+"""Discrete Fourier transforms along one axis, and which frequencies pair up."""
 
 from functools import lru_cache
 from math import pi, prod
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .. import runtime
 from ..checks import Size
-from .placement import centre
 
 _MATRIX_TAPS = 64  # up to which a transform is made by a matrix rather than fast
 
@@ -32,34 +31,6 @@ def mirror(grid: Size) -> tuple[list[int], list[int], list[int]]:
     own = here[kept & (position == here)]
     first = here[kept & (here < position)]
     return own.tolist(), first.tolist(), position[first].tolist()
-
-
-def pack(kernel: Tensor) -> Tensor:
-    """The kernel's Fourier coefficients on its own grid, as a tensor of its own shape and dtype.
-
-    Real kernels by the Hartley transform ``Re f - Im f``, complex ones by the unitary DFT: both
-    are orthonormal, so an optimizer sees the geometry that it saw in space.
-    """
-    axes = tuple(range(2, kernel.ndim))
-    torus = torch.roll(kernel, [-centre(k) for k in kernel.shape[2:]], axes)
-    if kernel.is_complex():
-        return torch.fft.ifftn(torus, dim=axes, norm="ortho")
-    return _hartley(torus)
-
-
-def unpack(generator: Tensor) -> Tensor:
-    """The inverse of `pack`: a generator's kernel in space."""
-    axes = tuple(range(2, generator.ndim))
-    if generator.is_complex():
-        torus = torch.fft.fftn(generator, dim=axes, norm="ortho")
-    else:
-        torus = _hartley(generator)
-    return torch.roll(torus, [centre(k) for k in generator.shape[2:]], axes)
-
-
-def _hartley(x: Tensor) -> Tensor:
-    f = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
-    return f.real - f.imag  # its own inverse
 
 
 def analyse(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> Tensor:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import Size, per_axis
-from .lattice import Lattice
-from .placement import Placement
+from .lattice import Lattice, Placement
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -68,6 +67,37 @@ class Geometry:
         is_complex = module.weight.is_complex()
         placement = Placement(dilation, padding)
         return cls(size, stride, module.groups, placement, module.transposed, is_complex)
+
+    @classmethod
+    def of_weight(
+        cls,
+        size: Size,
+        is_complex: bool,
+        stride: int | Size,
+        groups: int,
+        placement: Placement | None,
+        domain: int | Size | None,
+    ) -> "Geometry":
+        """Return the geometry of a weight of which its module says no more.
+
+        Args:
+            size: of the weight.
+            is_complex: whether it is complex.
+            stride: of the convolution.
+            groups: of the convolution.
+            placement: of the taps; None if they are centred.
+            domain: on which the kernel has to fit; None if that is known only later.
+
+        Raises:
+            ValueError: if these do not describe a convolution.
+        """
+        placement = placement or Placement.centred(size[2:])
+        if domain is None:
+            Lattice.of_kernel(size, is_complex, groups=groups)
+        else:
+            Lattice.of_kernel(size, is_complex, domain, stride, groups, placement.dilation)
+        strides = per_axis("stride", stride, len(size) - 2)
+        return cls(size, strides, groups, placement, is_complex=is_complex)
 
     @property
     def axes(self) -> int:
