@@ -122,9 +122,11 @@ def steps(taps: Size, action: Action) -> tuple[list[int], ...]:
     They are: samples to continue images by, before and after; start of the result; stride; dilation; rest.
     """
     before, after, start = margins(taps, action.geometry, action.dilation)
-    stride, rest = action.geometry.stride, (0,) * len(taps)
+    stride, none = action.geometry.stride, (0,) * len(taps)
+    rest = none
     if not action.boundary.is_periodic:
-        before, after, rest = rest, rest, tuple(s - 1 for s in stride)
+        before = after = start = none
+        rest = tuple(s - 1 for s in stride)
     return tuple([*numbers] for numbers in (before, after, start, stride, action.dilation, rest))
 
 

@@ -26,9 +26,13 @@ class Installed:
     def __init__(self, action: Action) -> None:
         self.action = action
         self.smallest: Size | None = None
+        self._last: Size | None = None
 
     def see(self, size: Size) -> None:
         """Take note of images of a size."""
+        if size == self._last:
+            return
+        self._last = size
         domain = self.action.geometry.domain(size)
         if self.smallest is None:
             self.smallest = domain
@@ -91,7 +95,7 @@ def own_class(base: Any) -> Any:
             operator = self.operator
             y = convolve(operator, self.bias, input, output_size)
             if not runtime.is_compiling():
-                self.installed.see(tuple(input.shape[-operator.geometry.axes :]))
+                self.installed.see(input.shape[-operator.action.geometry.axes :])
             return y
 
         def extra_repr(self) -> str:

@@ -6,7 +6,9 @@ The mathematics elsewhere has no branch about these: it asks here.
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import wraps
+from operator import is_
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,8 +20,11 @@ _Value = TypeVar("_Value")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # Asked once: below torch 2.12 the question cannot be compiled.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "ipu")
 _AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
+    device
+    for device in (*_DEVICES, torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(device)
 )
 _KEPT = "orthoconv_param"  # our only key in torch's cache, which it empties at the end of a block
 
@@ -242,10 +247,10 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
     if not parametrize._cache_enabled:
         return compute()
     results = _results()
-    graph = torch.is_grad_enabled() and any(x.requires_grad for x in of)
+    graph = torch.is_grad_enabled() and any([x.requires_grad for x in of])
     for has_graph in (True,) if graph else (True, False):
         entry = results.get((id(owner), key, has_graph))
-        if entry is not None and (is_compiling() or all(a is b for a, b in zip(entry[0], of, strict=True))):
+        if entry is not None and (is_compiling() or all(map(is_, entry[0], of))):
             return entry[1]
     value = compute()
     results[id(owner), key, graph] = of, value
@@ -303,10 +308,20 @@ def refuse_assigning_to_parts() -> None:
 def leave_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Let a module be of a class once torch has taken away its parametrized one.
 
-    Called while torch does so, after it has removed one of the parametrized tensors. Others may remain.
+    Called while torch does so, after it has removed one of the parametrized tensors. Others may remain: they
+    are properties of a class that is this module's alone, and a copy has another.
     """
+
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        twin = self.__new__(cls)
+        memo[id(self)] = twin
+        twin.__dict__ = deepcopy(self.__dict__, memo)
+        leave_class(twin, cls)
+        return twin
+
     module.__class__ = cls
     parametrize._inject_new_class(module)
+    type(module).__deepcopy__ = copied  # type: ignore[attr-defined]
     inject_properties(module, parametrized_names(module))
 
 

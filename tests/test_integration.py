@@ -432,7 +432,9 @@ def removed(request):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants then, as it says
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?`:FutureWarning")
 def test_exported_it_is_made_of_torchs_operators(removed):
+    torch.compiler.reset()
     model, x, y = removed
     program = torch.export.export(model, (x,))
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}

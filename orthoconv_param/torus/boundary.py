@@ -304,7 +304,7 @@ def _wrap(kernel: Tensor, domain: Size, placement: Placement) -> Tensor:
         k = kernel.shape[axis]
         if k > n:
             kernel = F.pad(kernel, (*after, 0, ceil(k / n) * n - k)).unflatten(axis, (-1, n)).sum(axis)
-            kernel = torch.roll(kernel, -origin, axis)
+            kernel = torch.roll(kernel, (-origin,), (axis,))
         else:
             before, rest = kernel.narrow(axis, 0, origin), kernel.narrow(axis, origin, k - origin)
             gap = kernel.new_zeros(*kernel.shape[:axis], n - k, *kernel.shape[axis + 1 :])

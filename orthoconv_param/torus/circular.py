@@ -82,6 +82,8 @@ def to_frequencies(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
 
 def _forward(x: Tensor, lattice: Lattice) -> Tensor:
     axes = tuple(range(2, x.ndim))
+    if 0 in x.stride():  # an expanded gradient, which MKL refuses before torch 2.9
+        x = x.contiguous()
     if lattice.is_complex:
         return torch.fft.fftn(x, s=lattice.grid, dim=axes, norm="ortho")
     if tuple(x.shape[2:]) == lattice.grid:
@@ -119,7 +121,9 @@ def from_frequencies(transform: Tensor, lattice: Lattice, fine: bool, like: Tens
 
     channels = lattice.groups * transform.shape[2] // (prod(lattice.stride) if fine else 1)
     shape = (transform.shape[-1], channels, *size)
-    return _in_pieces(piece, transform, -1, shape, 0, like.dtype, runtime.memory_format(like))
+    memory_format = runtime.memory_format(like)
+    images = _in_pieces(piece, transform, -1, shape, 0, like.dtype, memory_format)
+    return runtime.owned(images, memory_format)
 
 
 def _in_pieces(
@@ -137,7 +141,7 @@ def _in_pieces(
         each = max(1, dtype.itemsize * prod(shape) // max(batch, 1))
         size = max(1, _PIECE_BYTES // each // _PIECE_IMAGES) * _PIECE_IMAGES
     if 0 < batch <= size:
-        return runtime.owned(function(x), memory_format)
+        return function(x).contiguous(memory_format=memory_format)
     result = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
     for start in range(0, batch, max(size, 1)):
         length = min(size, batch - start)

@@ -16,7 +16,7 @@ which is `Lattice.spectrum`. For a real kernel ``M(-v) = conj(M(v))``, and only 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, cos, pi, prod
 from typing import TypeVar
 
@@ -89,6 +89,8 @@ class Lattice:
         is_complex: whether kernels are complex.
         compact: whether the torus only serves to compute the kernel of an infinite grid. It then
             has an odd number of coarse points, and kernels are read from it without wrapping.
+
+    Its ``grid`` is the size of the coarse grid, on which the polyphase components live.
     """
 
     domain: Size
@@ -96,6 +98,11 @@ class Lattice:
     groups: int = 1
     is_complex: bool = False
     compact: bool = False
+    grid: Size = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        grid = tuple([n // s for n, s in zip(self.domain, self.stride, strict=True)])
+        object.__setattr__(self, "grid", grid)  # read at each step of a loop
 
     @classmethod
     def of_kernel(
@@ -149,11 +156,6 @@ class Lattice:
         """The smallest torus that holds a polynomial of ``degree`` in a kernel and its adjoint."""
         domain = tuple(s * (2 * degree * r + 1) for s, r in zip(stride, reach, strict=True))
         return cls(domain, stride, groups, is_complex, compact=True)
-
-    @property
-    def grid(self) -> Size:
-        """Size of the coarse grid, on which the polyphase components live."""
-        return tuple(n // s for n, s in zip(self.domain, self.stride, strict=True))
 
     @property
     def taps(self) -> Size:
