@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
+from . import runtime
 from .checks import Size, per_axis
 from .matrices.maps import Trivialization
 from .module import install, operator_of
@@ -265,14 +266,14 @@ def _check_module(module: Any, name: str) -> None:
             f"module should compute what nn.{convolution.__name__} does. "
             f"Found {type(module).__name__}, with a forward of its own"
         )
-    if not isinstance(name, str) or module._parameters.get(name) is None:
+    if not isinstance(name, str) or runtime.parameters_of(module).get(name) is None:
         why = ""
-        if isinstance(name, str) and name in module._buffers:
+        if isinstance(name, str) and name in runtime.buffers_of(module):
             why = f", a buffer: del module.{name}, then module.{name} = nn.Parameter(...)"
         elif name == "weight":
             why = ", which hooks compute: remove spectral_norm, weight_norm or prune first"
         raise ValueError(
-            f"name should be that of a parameter: {[*module._parameters]}. Found {name!r}{why}"
+            f"name should be that of a parameter: {[*runtime.parameters_of(module)]}. Found {name!r}{why}"
         )
     if name != "weight":
         raise ValueError(f'name should be "weight", with which the module convolves. Found {name!r}')

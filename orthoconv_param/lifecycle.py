@@ -79,10 +79,10 @@ def leave(module: Any, base: type[nn.Module], action: Action, smallest: Size | N
         action: how its kernel acts.
         smallest: size of the images that it has seen.
     """
-    weight, geometry = module._parameters["weight"], action.geometry
+    weight, geometry = module.weight, action.geometry
     weight.grad = None  # it was the generator's
-    if "bias" in module._parameters:  # the order that it had
-        module._parameters["bias"] = module._parameters.pop("bias")
+    if "bias" in runtime.parameters_of(module):  # the order that it had
+        runtime.parameters_of(module)["bias"] = runtime.parameters_of(module).pop("bias")
     taps, plain = tuple(weight.shape[2:]), plain_class(base)
     if taps == geometry.taps and taps != action.domain:
         # A single tap, whose operator is its kernel; or the generator, without its meaning.

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from . import runtime
 from .checks import Size
 from .parametrizations.blocks import Block, Blocks
 from .parametrizations.exponential import ConvExponential
@@ -71,7 +71,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         if not isinstance(module, (ConvExponential, Blocks))
-        for name, buffer in module._buffers.items()
+        for name, buffer in runtime.buffers_of(module).items()
         if buffer is not None
     ]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
@@ -84,7 +84,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
+            runtime.buffers_of(module)[name] = buffer
             with torch.no_grad():
                 buffer.copy_(value)
 
@@ -151,7 +151,7 @@ class Uses(TorchFunctionMode):
         """Take notes, and do what is done. To ask for a weight's dtype or shape is not to use it."""
         name = getattr(func, "__name__", str(func))
         if name != "__get__":
-            for x in tree_leaves((args, kwargs)):
+            for x in runtime.leaves((args, kwargs)):
                 module = self._weights.get(id(x)) if isinstance(x, nn.Parameter) else None
                 if module is not None and module not in self._running:
                     self.found.setdefault(module, name)

@@ -46,15 +46,15 @@ def install(module: Any, parametrization: nn.Module, action: Action) -> Callable
     Returns:
         A function that makes the module what it was again.
     """
-    base, parameters = type(module), dict(module._parameters)
+    base, parameters = type(module), dict(runtime.parameters_of(module))
     value, gradient = module.weight.detach().clone(), module.weight.grad
 
     def undo() -> None:
         module.__class__ = base
         vars(module).pop("installed", None)
-        module._modules.pop("parametrizations", None)
-        module._parameters.clear()
-        module._parameters.update(parameters)
+        runtime.children_of(module).pop("parametrizations", None)
+        runtime.parameters_of(module).clear()
+        runtime.parameters_of(module).update(parameters)
         module.weight.data = value
         module.weight.grad = gradient
 

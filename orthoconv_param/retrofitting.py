@@ -184,12 +184,12 @@ def _check_shared(model: nn.Module, module: Any) -> None:
     Raises:
         ValueError: then.
     """
-    weight = module._parameters.get("weight")
+    weight = runtime.parameters_of(module).get("weight")
     others = [
         f"{name}.{key}".lstrip(".")
         for name, other in model.named_modules()
         if other is not module
-        for key, parameter in other._parameters.items()
+        for key, parameter in runtime.parameters_of(other).items()
         if parameter is not None and parameter is weight
     ]
     if others:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_leaves
 
 _Value = TypeVar("_Value")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -227,6 +228,9 @@ class LateReader:
 # Keeping results within `parametrize.cached()`
 
 
+_INFERENCE, _VALUE, _GRAPH = range(3)  # what a result can be used for: also for all before
+
+
 def is_cached() -> bool:
     """Return True within `torch.nn.utils.parametrize.cached`."""
     return bool(parametrize._cache_enabled)
@@ -236,7 +240,8 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
     """Compute once per `parametrize.cached()` block.
 
     A result is used again only for the same tensors, and where a graph is needed only if it has one: what a
-    first call computed under `torch.no_grad` is not what a later one trains.
+    first call computed under `torch.no_grad` is not what a later one trains. Nor does autograd take what one
+    computed under `torch.inference_mode`.
 
     Args:
         owner: whose result it is; it outlives the block, or ``of`` tells its successors apart.
@@ -247,13 +252,14 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
     if not parametrize._cache_enabled:
         return compute()
     results = _results()
-    graph = torch.is_grad_enabled() and any([x.requires_grad for x in of])
-    for has_graph in (True,) if graph else (True, False):
-        entry = results.get((id(owner), key, has_graph))
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in of)
+    use = _GRAPH if graph else _INFERENCE if torch.is_inference_mode_enabled() else _VALUE
+    for made_for in range(_GRAPH, use - 1, -1):
+        entry = results.get((id(owner), key, made_for))
         if entry is not None and (is_compiling() or all(map(is_, entry[0], of))):
             return entry[1]
     value = compute()
-    results[id(owner), key, graph] = of, value
+    results[id(owner), key, use] = of, value
     return value
 
 
@@ -305,11 +311,36 @@ def refuse_assigning_to_parts() -> None:
 # Torch's modules
 
 
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters, to be read and changed; None for those that it lacks, as a bias."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers, to be read and changed."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's own children, to be read and changed."""
+    return module._modules
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return True if something else than its forward acts on what a module takes or gives."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return what nested tuples, lists and dicts hold."""
+    return tree_leaves(tree)
+
+
 def leave_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Let a module be of a class once torch has taken away its parametrized one.
 
-    Called while torch does so, after it has removed one of the parametrized tensors. Others may remain: they
-    are properties of a class that is this module's alone, and a copy has another.
+    Called while torch does so, after it has removed one of the parametrized tensors. Others may remain:
+    they are properties of a class that is this module's alone, and a copy has another.
     """
 
     def copied(self: Any, memo: dict[int, Any]) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import runtime
 from ..checks import Size, per_axis
 from ..convert import convolves, geometry_of
 from ..models import call, undisturbed
@@ -212,7 +213,7 @@ def _acting(convolution: Tensor | nn.Module, domain: int | Size) -> OnTorus:
     acting = on_torus(module, size)
     if acting is not None:
         return acting
-    if not convolves(module) or module._forward_pre_hooks or module._forward_hooks:
+    if not convolves(module) or runtime.is_hooked(module):
         base: Any = torch_class(module)
         its_own = "hooks" if convolves(module) else "a forward"
         raise ValueError(

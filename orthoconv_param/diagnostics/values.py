@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import runtime
 from ..checks import Size, check_dtype, check_finite, count, per_axis
 from ..convert import convolves, geometry_of
 from ..module import operator_of
@@ -186,7 +187,7 @@ def on_torus(convolution: Tensor | nn.Module, domain: Size) -> OnTorus | None:
         ValueError: if a module of this package does not take the domain.
     """
     module: Any = convolution
-    if not convolves(module) or bool(module._forward_pre_hooks or module._forward_hooks):
+    if not convolves(module) or runtime.is_hooked(module):
         return None
     operator = operator_of(module)
     boundary = operator.boundary if operator is not None else boundary_of(module)

@@ -11,7 +11,7 @@ at each frequency. ``exp`` may be another map from skew to unitary matrices.
 
 from collections.abc import Mapping
 from math import ceil, isqrt
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from geotorch.exceptions import InManifoldError
@@ -28,9 +28,10 @@ from ..torus.lattice import Lattice, Placement, pack, unpack
 from . import signature
 from .degree import Degree, default_tolerance
 from .plan import Family, Plan, make_plan
+from .registered import Registered
 
 
-class ConvExponential(nn.Module):
+class ConvExponential(Registered):
     r"""Parametrizes a convolution's weight by the exponential of a skew convolution.
 
         weight = base * exp(skew(generator)),    W(w)^H W(w) = I at each frequency w of the domain
@@ -111,8 +112,6 @@ class ConvExponential(nn.Module):
     """
 
     base: Tensor | None
-    _reference: Tensor | None
-    _unitary: ClassVar[tuple[str, ...]] = ("base",)  # the buffers of unitary matrices
 
     def __init__(
         self,
@@ -158,16 +157,11 @@ class ConvExponential(nn.Module):
         self.triv = triv
         self.tol = tol
         self.has_base = domain != "any" if base is None else base
-        self.placement: Placement | None = None  # of the generator's taps, if they are not centred
-        self.owner: str | None = None  # the module, in words
-        self.context: dict[str, str] = {}  # what else tells checkpoints apart: see `signature`
-        self.geometry: Geometry | None = None  # of the generator, once registered
         self.compact: Degree | None = None  # of the weight with domain="any", once its norm is known
         self._reader = runtime.LateReader()
         # The base's spectrum as real numbers, (groups, frequencies, 2 m^2): `Module.to` drops the imaginary
         # part of complex buffers, and gives those of 4 or 5 axes a memory format.
         self.register_buffer("base", None)
-        self.register_buffer("_reference", None, persistent=False)  # an empty tensor: dtype and device
 
     @classmethod
     def placed(
@@ -218,13 +212,6 @@ class ConvExponential(nn.Module):
             domain = (domain,) * geometry.axes
         tolerance = default_tolerance(reference.dtype) if self.tol is None else self.tol
         return Family(geometry, domain, self.triv, tolerance)
-
-    def _registered(self) -> tuple[Geometry, Tensor]:
-        if self.geometry is None or self._reference is None:
-            raise RuntimeError(
-                "size, dtype and device are known once the parametrization is registered on a weight"
-            )
-        return self.geometry, self._reference
 
     # From the generator to the kernel
 
@@ -535,9 +522,6 @@ class ConvExponential(nn.Module):
             f"triv={maps.name(self.triv)}, base={self.has_base}{tol}"
         )
 
-    def _get_name(self) -> str:
-        return type(self).__qualname__
-
     def signature(self) -> dict[str, str]:
         """Return what a checkpoint is of, in words."""
         family = self._family()
@@ -549,53 +533,13 @@ class ConvExponential(nn.Module):
         }
         return {**words, **self.context}
 
-    def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
-        return signature.difference(
-            self.signature(), signature.decode(state_dict.get(prefix + runtime.EXTRA_STATE))
-        )
+    def _projected(self, buffer: Tensor) -> Tensor:
+        return as_reals(self._family().lattice(self.compact).choose(polar_frame, from_reals(buffer)))
 
-    def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint is of."""
-        return signature.encode({} if self.geometry is None else self.signature())
-
-    def set_extra_state(self, state: Any) -> None:
-        """Change nothing: it has been compared."""
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        different = self.difference(state_dict, prefix)
-        if different is not None:
-            error_msgs.append(different)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + runtime.EXTRA_STATE
-        if key in missing_keys:  # older checkpoints do not have it
-            missing_keys.remove(key)
-        self._reader.restart()  # the generator is the parent's
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "ConvExponential":
-        old = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in old.items():
-            after = self._buffers[name]
-            if name == "_reference" or before is None or after is None:
-                continue
-            dtype = torch.promote_types(after.dtype.to_real(), torch.float32)
-            if after.dtype != dtype:  # never below float32, nor complex
-                after = self._buffers[name] = before.to(after.device, dtype)
-            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps
-            if rises and name in self._unitary and not after.is_meta:
-                lattice = self._family().lattice(self.compact)
-                self._buffers[name] = as_reals(lattice.choose(polar_frame, from_reals(after)))
-        if self.compact is not None:
-            self._reader.restart(wait=False)
+    def _loaded_or_moved(self, moved: bool) -> None:
+        self._reader.restart(wait=not moved)  # the generator is the parent's
+        if moved and self.compact is not None:
             self.compact = self._family().degree(self.compact.level)  # the tolerance may have changed
-        return self
 
 
 # Scripts initialise whatever has "Conv" in the name of its class by its weight, which this has not.

@@ -1,0 +1,97 @@
+"""`Registered`: what a parametrization knows of its weight, through moves and checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import runtime
+from ..torus.geometry import Geometry
+from ..torus.lattice import Placement
+from . import signature
+
+
+class Registered(nn.Module):
+    """A parametrization that takes size, dtype and device of the weight on which it is registered."""
+
+    _reference: Tensor | None
+    _unitary: ClassVar[tuple[str, ...]] = ("base",)  # the buffers of unitary matrices
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.placement: Placement | None = None  # of the generator's taps, if they are not centred
+        self.owner: str | None = None  # the module, in words
+        self.context: dict[str, str] = {}  # what else tells checkpoints apart: see `signature`
+        self.geometry: Geometry | None = None  # of the generator, once registered
+        self.register_buffer("_reference", None, persistent=False)  # an empty tensor: dtype and device
+
+    def _registered(self) -> tuple[Geometry, Tensor]:
+        if self.geometry is None or self._reference is None:
+            raise RuntimeError(
+                "size, dtype and device are known once the parametrization is registered on a weight"
+            )
+        return self.geometry, self._reference
+
+    def _get_name(self) -> str:
+        return type(self).__qualname__
+
+    # Checkpoints
+
+    def signature(self) -> dict[str, str]:
+        """Return what a checkpoint is of, in words."""
+        raise NotImplementedError
+
+    def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        there = signature.decode(state_dict.get(prefix + runtime.EXTRA_STATE))
+        return signature.difference({} if self.geometry is None else self.signature(), there)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint is of."""
+        return signature.encode({} if self.geometry is None else self.signature())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Change nothing: it has been compared."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        different = self.difference(state_dict, prefix)
+        if different is not None:
+            error_msgs.append(different)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + runtime.EXTRA_STATE
+        if key in missing_keys:  # older checkpoints do not have it
+            missing_keys.remove(key)
+        self._loaded_or_moved(moved=False)
+
+    # Moves to another dtype or device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Registered":
+        old = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in old.items():
+            after = self._buffers[name]
+            if name == "_reference" or before is None or after is None:
+                continue
+            dtype = torch.promote_types(after.dtype.to_real(), torch.float32)
+            if after.dtype != dtype:  # never below float32, nor complex
+                after = self._buffers[name] = before.to(after.device, dtype)
+            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps
+            if rises and name in self._unitary and not after.is_meta:
+                self._buffers[name] = self._projected(after)
+        self._loaded_or_moved(moved=True)
+        return self
+
+    def _projected(self, buffer: Tensor) -> Tensor:
+        """Return the unitary matrices nearest to those of a buffer."""
+        raise NotImplementedError
+
+    def _loaded_or_moved(self, moved: bool) -> None:
+        """Take note of new values, or if ``moved`` of a new dtype or device."""
+        raise NotImplementedError
