@@ -16,18 +16,19 @@ from .torus.boundary import margins
 # Checkpoints
 
 
-def translate(weight: Parametrized, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
     """Make a checkpoint that is loaded into an orthogonal module one of its parametrization.
 
     A checkpoint of the plain convolution means: start from these weights. One of something else is refused:
-    an error is noted, and the values that the module has are loaded.
+    an error is noted, and the module keeps the values that it has.
 
     Args:
-        weight: of the module.
+        module: an orthogonal one.
         state_dict: is changed.
         prefix: of the module's keys.
         error_msgs: as of ``Module._load_from_state_dict``.
     """
+    weight = Parametrized(module.parametrizations["weight"])
     exponential = weight.exponential
     if exponential is None:
         return
@@ -36,7 +37,7 @@ def translate(weight: Parametrized, state_dict: dict[str, Any], prefix: str, err
     different = exponential.difference(state_dict, stack + "0.")
     if different is not None:
         error_msgs.append(f"{prefix}weight: {different}")
-        state_dict |= present
+        state_dict |= {prefix + key: value for key, value in module.state_dict().items()}
     if prefix + "weight" not in state_dict:
         return
     W = state_dict.pop(prefix + "weight")

@@ -122,7 +122,7 @@ def own_class(base: Any) -> Any:
             missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
         ) -> None:  # fmt: skip
             weight = Parametrized(self.parametrizations["weight"])
-            lifecycle.translate(weight, state_dict, prefix, error_msgs)
+            lifecycle.translate(self, state_dict, prefix, error_msgs)
             super()._load_from_state_dict(
                 state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
             )

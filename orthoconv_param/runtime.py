@@ -134,7 +134,7 @@ def owned(x: Tensor, memory_format: torch.memory_format = torch.contiguous_forma
     Torch refuses to change a view in place that a custom Function returns.
     """
     y = x.contiguous(memory_format=memory_format)
-    if y is not x or type(x) is not Tensor or is_transformed() or is_batched(x):
+    if y is not x or type(x) is not Tensor or is_compiling() or is_batched(x):
         return y
     alone = not x._is_view() and x.untyped_storage().nbytes() == x.nbytes
     return x if alone else x.clone(memory_format=memory_format)
@@ -239,9 +239,9 @@ def is_cached() -> bool:
 def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], _Value]) -> _Value:
     """Compute once per `parametrize.cached()` block.
 
-    A result is used again only for the same tensors, and where a graph is needed only if it has one: what a
-    first call computed under `torch.no_grad` is not what a later one trains. Nor does autograd take what one
-    computed under `torch.inference_mode`.
+    A result is used again only for the same tensors, and where a graph is needed only if it has one. So a
+    later call does not train on a result that was computed under `torch.no_grad`, and autograd is not given
+    one that was computed under `torch.inference_mode`.
 
     Args:
         owner: whose result it is; it outlives the block, or ``of`` tells its successors apart.
@@ -252,8 +252,12 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
     if not parametrize._cache_enabled:
         return compute()
     results = _results()
-    graph = torch.is_grad_enabled() and any(x.requires_grad for x in of)
-    use = _GRAPH if graph else _INFERENCE if torch.is_inference_mode_enabled() else _VALUE
+    if torch.is_grad_enabled() and any(x.requires_grad for x in of):
+        use = _GRAPH
+    elif not is_compiling() and torch.is_inference_mode_enabled():  # which cannot be asked when compiled
+        use = _INFERENCE
+    else:
+        use = _VALUE
     for made_for in range(_GRAPH, use - 1, -1):
         entry = results.get((id(owner), key, made_for))
         if entry is not None and (is_compiling() or all(map(is_, entry[0], of))):

@@ -56,7 +56,7 @@ def evaluate(operator: Operator, x: Tensor, domain: Size) -> Tensor:
     batch = _USUAL_BATCH if runtime.is_compiling() else x.shape[0]
     owner, tensors = operator.weight.owner, operator.weight.tensors
 
-    def decide() -> tuple[Evaluator, Any]:
+    def decide() -> "tuple[Evaluator, Any]":  # torch 2.6 compiles no other annotation
         evaluator = choose(operator, domain, batch)
         return evaluator, prepared(evaluator, operator, domain)
 

@@ -84,7 +84,7 @@ class Operator:
         action, geometry = self.action, self.geometry
         if action.domain is not None or self.wraps(domain):
             made = self.weight.spectrum(domain, action.dilation)
-            if made is not None and not made[0].compact:
+            if made is not None and made[0].fills(domain):
                 lattice, M = made
                 return lattice, M.to(torch.promote_types(self.weight.tensors[0].dtype, torch.complex64))
         kernel, torus = action.boundary.embed(

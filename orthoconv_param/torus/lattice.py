@@ -167,6 +167,13 @@ class Lattice:
         extra = (s - 1 if self.compact else 0 for s in self.stride)
         return tuple(n + e for n, e in zip(self.domain, extra, strict=True))
 
+    def fills(self, domain: Size) -> bool:
+        """Return True if this is the torus of images on a domain, or one that holds them.
+
+        It is not if it only serves to compute a compact kernel, or one of a single tap: one coarse point.
+        """
+        return not self.compact and all(n >= m for n, m in zip(self.domain, domain, strict=True))
+
     @property
     def stored(self) -> Size:
         """Size of the part of the Fourier grid that a spectrum holds."""

@@ -1,0 +1,470 @@
+"""The contract of evaluators: each computes what an operator's dense matrix says, where its cost is finite.
+
+A new evaluator takes part by its entry in `evaluate.EVALUATORS`; `CANNOT` says where its cost is infinite.
+A new boundary takes part by its entry in `boundary.BOUNDARIES`; `ORACLES` says what its matrix is. A new
+parametrization, or stack of them, is an entry in `KINDS`.
+"""
+
+import copy
+from functools import cache
+from math import inf, prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import evaluated
+from oracles import dense, random
+from test_conversion import make
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import parametrize
+
+from orthoconv_param import orthogonal, retrofit, set_orthogonality
+from orthoconv_param.module import operator_of
+from orthoconv_param.operators import evaluate
+from orthoconv_param.operators.operator import Operator
+from orthoconv_param.operators.weight import Fixed
+from orthoconv_param.torus.boundary import BOUNDARIES
+
+# torch's own convolution says so, before it is made orthogonal
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+close = torch.testing.assert_close
+
+COMPLEX = torch.complex128
+
+# kernel, options of `make`, a domain, and further ones: for operators that take every one
+GEOMETRIES = {
+    "1d": ((3,), {}, (6,), [(1,), (2,), (40,)]),
+    "1d, even": ((4,), {}, (7,), [(3,), (1,)]),
+    "1d, even, dilated": ((2,), {"dilation": 3, "out": 3}, (5,), [(2,)]),
+    "1d, tall, strided": ((3,), {"stride": 3, "cin": 2, "out": 7}, (9,), [(3,)]),
+    "1d, strided and dilated alike": ((3,), {"stride": 2, "dilation": 2}, (6,), [(2,), (14,)]),
+    "1d, complex, transposed": ((3,), {"stride": 2, "transposed": True, "dtype": COMPLEX}, (6,), [(2,)]),
+    "2d": ((3, 3), {"cin": 2, "out": 2}, (5, 4), [(1, 1), (2, 9)]),
+    "2d, one tap": ((1, 1), {"cin": 2, "out": 3}, (1, 1), [(3, 2)]),
+    "2d, one tap, strided": ((1, 1), {"stride": 2, "cin": 2, "out": 3}, (4, 2), [(2, 2)]),
+    "2d, wide, even": ((2, 5), {"cin": 5, "out": 2}, (3, 6), [(4, 1)]),
+    "2d, groups": ((3, 1), {"cin": 4, "out": 6, "groups": 2}, (4, 3), [(2, 2)]),
+    "2d, depthwise": ((3, 3), {"cin": 3, "out": 3, "groups": 3}, (3, 3), [(6, 1)]),
+    "2d, strided": ((3, 2), {"cin": 2, "out": 4, "stride": 2}, (6, 4), [(2, 2)]),
+    "2d, dilated": ((3, 3), {"cin": 2, "out": 2, "dilation": (1, 2)}, (4, 7), [(5, 3)]),
+    "2d, complex": ((3, 2), {"cin": 2, "out": 2, "dtype": COMPLEX}, (4, 5), [(2, 1)]),
+    "2d, transposed": ((3, 5), {"cin": 2, "out": 3, "transposed": True}, (4, 5), [(1, 2)]),
+    "2d, transposed, strided, groups": (
+        (3, 2), {"cin": 4, "out": 4, "stride": 2, "groups": 2, "transposed": True}, (4, 6), [(2, 2)],
+    ),
+    "3d": ((2, 1, 3), {"cin": 2, "out": 2}, (2, 3, 4), [(1, 1, 1)]),
+    "3d, transposed": (
+        (3, 1, 2), {"cin": 2, "out": 2, "stride": (1, 1, 2), "transposed": True}, (3, 2, 4), [(1, 2, 2)],
+    ),
+}  # fmt: skip
+SOME = ["1d, even", "1d, strided and dilated alike", "2d", "2d, transposed, strided, groups", "2d, complex"]
+
+
+# What is evaluated
+
+
+class Scaled(nn.Module):
+    def forward(self, X):
+        return 0.7 * X
+
+
+def stacked(module):
+    parametrize.register_parametrization(module, "weight", Scaled())
+    return module
+
+
+def removed(module):
+    parametrize.remove_parametrizations(module, "weight")
+    return module
+
+
+def annealed(conv, x, boundary):
+    set_orthogonality(retrofit(conv, x, boundary=boundary), 0.5)
+    return conv
+
+
+def in_blocks(conv, x, boundary):
+    """One block of channels in each group, orthogonal at once."""
+    rows, columns = conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
+    side = max(1, min(rows, columns) - 1)
+    blocks = [(slice(g * rows, g * rows + side), slice(0, side)) for g in range(conv.groups)]
+    return retrofit(conv, x, boundary=boundary, blocks={"": blocks}, anneal=False)
+
+
+KINDS = {  # of a convolution, its domain, images of that and a boundary
+    "any": lambda conv, domain, x, boundary: orthogonal(conv, boundary=boundary),
+    "given": lambda conv, domain, x, boundary: orthogonal(conv, domain=domain, boundary=boundary),
+    "annealed": lambda conv, domain, x, boundary: annealed(conv, x, boundary),
+    "blocks": lambda conv, domain, x, boundary: in_blocks(conv, x, boundary),
+    "any, stacked": lambda conv, domain, x, boundary: stacked(orthogonal(conv, boundary=boundary)),
+    "given, stacked": lambda conv, domain, x, boundary: stacked(
+        orthogonal(conv, domain=domain, boundary=boundary)
+    ),
+    "any, removed": lambda conv, domain, x, boundary: removed(orthogonal(conv, boundary=boundary)),
+    "given, removed": lambda conv, domain, x, boundary: removed(
+        orthogonal(conv, domain=domain, boundary=boundary)
+    ),
+}
+
+
+class Evaluated(nn.Module):
+    """An orthogonal convolution, or what its removal left, evaluated in one way whatever that costs."""
+
+    def __init__(self, module, action, evaluator=None):
+        super().__init__()
+        self.module, self.action, self.evaluator = module, action, evaluator
+
+    @property
+    def operator(self):
+        # what removal leaves may be of torch's own class, which has none
+        return operator_of(self.module) or Operator(self.action, Fixed(self.module.weight))
+
+    def domain(self, x):
+        return self.action.geometry.domain(tuple(x.shape[2:]))
+
+    def prepare(self, domain):
+        return self.evaluator.prepare(self.operator, domain)
+
+    def forward(self, x):
+        return self.evaluator.apply(self.prepare(self.domain(x)), x)
+
+    def by(self, evaluator):
+        return Evaluated(self.module, self.action, evaluator)
+
+    def can(self, domain, batch=2):
+        return self.evaluator.cost(self.operator, domain, batch) < inf
+
+
+@cache
+def fixture(kind, boundary, geometry, dtype=None):
+    """An operator away from where it started, and the domains that it is tried on; not to be changed."""
+    kernel, options, domain, others = GEOMETRIES[geometry]
+    conv = make(kernel, **{"cin": 3, "out": 3, **options} | ({} if dtype is None else {"dtype": dtype}))
+    with torch.no_grad():  # few taps, where they depend on the norm
+        conv.weight.mul_(0.4)
+    images = [n // s for n, s in zip(domain, conv.stride, strict=True)] if conv.transposed else domain
+    x = torch.zeros(1, conv.in_channels, *images, dtype=conv.weight.dtype)
+    action = []
+
+    def noted(module, *_):
+        action.append(module.operator.action)
+
+    def move(module):
+        with torch.no_grad():
+            for i, X in enumerate(module.parameters()):
+                X.add_(0.05 * random(*X.shape, dtype=X.dtype, seed=i))
+
+    if kind.endswith(", removed"):  # after a step, and with the kernel that this leaves
+        module = KINDS[kind.removesuffix(", removed")](conv, domain, x, boundary)
+        noted(module)
+        move(module)
+        removed(module)
+    else:
+        module = KINDS[kind](conv, domain, x, boundary)
+        noted(module)
+        move(module)
+    every = action[0].domain is None
+    return Evaluated(module, action[0]), [domain, *others] if every else [domain]
+
+
+def images(subject, domain, batch=2, seed=0):
+    geometry = subject.action.geometry
+    dtype = next(subject.parameters()).dtype
+    return random(batch, geometry.taken, *geometry.images(domain), dtype=dtype, seed=seed)
+
+
+def leaves(subject):
+    """The free parameters by name, the bias aside: an evaluator does not see it."""
+    return {name: X for name, X in subject.named_parameters() if not name.endswith("bias")}
+
+
+# What it is to be
+
+
+def around(kernel, domain, stride, groups, dilation, on_torus):
+    return dense(kernel, domain, stride, groups, dilation)
+
+
+def between_zeros(kernel, domain, stride, groups, dilation, on_torus):
+    """Zero padding; or the part of a torus's matrix that images on the domain meet."""
+    if on_torus:
+        torus = tuple(kernel.shape[2:])
+        coarse = tuple(n // s for n, s in zip(torus, stride, strict=True))
+        M = dense(kernel, torus, stride, groups).reshape(-1, *coarse, kernel.shape[1] * groups, *torus)
+        rows = tuple(slice(n // s) for n, s in zip(domain, stride, strict=True))
+        M = M[(slice(None), *rows, slice(None), *map(slice, domain))]
+        return M.reshape(kernel.shape[0] * prod(r.stop for r in rows), -1)
+    columns = kernel.shape[1] * groups * prod(domain)
+    eye = torch.eye(columns, dtype=kernel.dtype).reshape(columns, -1, *domain)
+    sides = []
+    for k, r in zip(kernel.shape[:1:-1], dilation[::-1], strict=True):
+        before = r * ((k - 1) // 2)
+        sides += [before, r * (k - 1) - before]
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(domain) - 1]
+    y = convolve(F.pad(eye, sides), kernel, stride=stride, dilation=dilation, groups=groups)
+    return y.reshape(columns, -1).mT
+
+
+ORACLES = {"circular": around, "zeros": between_zeros}
+
+
+def exact(subject, domain, kernel=None):
+    """The matrix of an operator by its kernel alone."""
+    action = subject.action
+    geometry = action.geometry
+    kernel = subject.module.weight.detach() if kernel is None else kernel
+    oracle = ORACLES[action.boundary.name]
+    M = oracle(kernel, domain, geometry.stride, geometry.groups, action.dilation, action.domain is not None)
+    return M.mT if geometry.transposed else M
+
+
+def pushed(function, subject, domain):
+    """The matrix of a function of images: the identity pushed through it."""
+    geometry = subject.action.geometry
+    size = geometry.images(domain)
+    columns = geometry.taken * prod(size)
+    eye = torch.eye(columns, dtype=next(subject.parameters()).dtype)
+    with torch.no_grad():
+        y = function(eye.reshape(columns, -1, *size))
+    out = geometry.domain(size) if geometry.transposed else geometry.coarse(domain)
+    assert y.shape == (columns, geometry.given, *out)
+    assert y.dtype == eye.dtype
+    return y.flatten(1).mT
+
+
+every_evaluator = pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
+every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# The contract
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@every_kind
+@every_boundary
+@every_evaluator
+def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geometry):
+    subject, domains = fixture(kind, boundary, geometry)
+    for domain in domains:
+        if evaluator.name in ALWAYS_ABLE or subject.by(evaluator).can(domain):
+            close(pushed(subject.by(evaluator), subject, domain), exact(subject, domain))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@every_kind
+@every_boundary
+def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(boundary, kind, geometry):
+    subject, domains = fixture(kind, boundary, geometry)
+    module, operator = subject.module, subject.operator
+    for domain in domains:
+        costs = {e.name: e.cost(operator, domain, 2) for e in evaluate.EVALUATORS}
+        assert all(cost >= 0 for cost in costs.values())
+        least = min(costs.values())
+        assert least < inf
+        assert costs[evaluate.choose(operator, domain, 2).name] == least
+        M = pushed(lambda x, n=domain: evaluate.evaluate(operator, x, n), subject, domain)
+        close(M, exact(subject, domain))
+        x = images(subject, domain)
+        bias = module.bias.reshape(-1, *(1,) * len(domain))
+        close(module(x), evaluate.evaluate(operator, x, domain) + bias)
+
+
+# What these cannot they never pay for, or cannot be exported: what they compute is right there too.
+ALWAYS_ABLE = {"direct", "spectral"}
+# Situations, and the evaluators whose cost is infinite there: of every other it is finite.
+CANNOT = {
+    ("any", "2d", (30, 30)): set(),
+    ("any", "2d", (5, 4)): {("direct", "circular")},  # its kernel wraps around: truncated, it is not exact
+    ("any", "2d, one tap", (1, 1)): set(),
+    ("any, stacked", "2d", (30, 30)): {("direct", "circular"), ("direct", "zeros")},  # taps are not known
+    ("any, removed", "2d", (5, 4)): set(),
+    ("given", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},  # as many taps as points
+    ("given, removed", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
+    ("given, stacked", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
+    ("annealed", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
+    ("blocks", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
+    ("given", "2d, one tap, strided", (4, 2)): set(),
+}
+
+
+@pytest.mark.parametrize(("kind", "geometry", "domain"), CANNOT)
+@every_boundary
+@every_evaluator
+def test_its_cost_is_infinite_exactly_where_it_cannot(evaluator, boundary, kind, geometry, domain):
+    subject, _ = fixture(kind, boundary, geometry)
+    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain]
+    for batch in (0, 1, 1000):
+        assert subject.by(evaluator).can(domain, batch) != cannot
+
+
+def test_the_contract_is_that_of_all_there_is():
+    assert ORACLES.keys() == BOUNDARIES.keys()
+    names = [evaluator.name for evaluator in evaluate.EVALUATORS]
+    assert len(set(names)) == len(names)
+
+
+# Derivatives
+
+
+TINY = {  # geometry: domain
+    "1d, tiny": (3,),
+    "1d, tiny, strided, transposed": (4,),
+    "1d, tiny, complex": (3,),
+}
+GEOMETRIES |= {
+    "1d, tiny": ((3,), {"cin": 2, "out": 1}, (3,), []),
+    "1d, tiny, strided, transposed": (
+        (2,),
+        {"cin": 2, "out": 1, "stride": 2, "transposed": True},
+        (4,),
+        [],
+    ),
+    "1d, tiny, complex": ((3,), {"cin": 1, "out": 1, "dtype": COMPLEX}, (3,), []),
+}
+
+
+def of_everything(subject):
+    """A function of images and free parameters, and the latter."""
+    parameters = leaves(subject)
+
+    def f(x, *values):
+        return torch.func.functional_call(subject, dict(zip(parameters, values, strict=True)), (x,))
+
+    return f, [X.detach().clone().requires_grad_() for X in parameters.values()]
+
+
+@pytest.mark.parametrize("geometry", TINY)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "any",
+        "given",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("annealed", "blocks", "any, stacked", "any, removed")
+        ),
+    ],
+)
+@every_boundary
+@every_evaluator
+def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometry):
+    """By images, generator and rest."""
+    subject = fixture(kind, boundary, geometry)[0].by(evaluator)
+    f, parameters = of_everything(subject)
+    x = images(subject, TINY[geometry], batch=1).requires_grad_()
+    fast = kind != "given"
+    assert gradcheck(f, (x, *parameters), check_forward_ad=True, check_batched_grad=True, fast_mode=fast)
+    assert gradgradcheck(f, (x, *parameters), fast_mode=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("geometry", SOME)
+@every_kind
+@every_boundary
+@every_evaluator
+def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boundary, kind, geometry):
+    subject, (domain, *_) = fixture(kind, boundary, geometry)
+    subject = subject.by(evaluator)
+    inputs = [*leaves(subject).values()]
+    batches = [
+        images(subject, domain, batch, seed).requires_grad_() for seed, batch in enumerate((2, 1, 3, 0, 2))
+    ]
+
+    def gradients(apply):
+        y = torch.cat([apply(x) for x in batches])
+        y = torch.view_as_real(y) if y.is_complex() else y
+        first = torch.autograd.grad(y.sin().sum(), [*batches, *inputs], create_graph=True)
+        squares = sum((g.abs() ** 2).sum() for g in first)
+        second = torch.autograd.grad(squares, [*batches, *inputs])
+        return [y, *first, *second]
+
+    expected = gradients(subject)
+    with parametrize.cached():
+        state = subject.prepare(domain)
+        found = gradients(lambda x: evaluator.apply(state, x))
+    close(found, expected)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@every_kind
+@every_boundary
+def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
+    """In single precision, in which decisions are others."""
+    if geometry in TINY:
+        pytest.skip("has been checked against differences")
+    dtype = torch.complex64 if "complex" in geometry else torch.float32
+    subject, domains = fixture(kind, boundary, geometry, dtype)
+    domain = tuple(3 * n for n in domains[0]) if len(domains) > 1 else domains[0]
+    x = images(subject, domain).requires_grad_()
+    outcomes = []
+    for evaluator in evaluate.EVALUATORS:
+        y = subject.by(evaluator)(x)
+        real = torch.view_as_real(y) if y.is_complex() else y
+        outcomes.append([y, *torch.autograd.grad(real.sin().sum(), [x, *leaves(subject).values()])])
+    for others in outcomes[1:]:
+        for one, other in zip(outcomes[0], others, strict=True):
+            close(other, one, atol=1e-5 * max(1, one.abs().max().item()), rtol=0)
+
+
+# Images
+
+
+@pytest.mark.parametrize("geometry", SOME)
+@every_kind
+@every_boundary
+@every_evaluator
+def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geometry):
+    subject, domains = fixture(kind, boundary, geometry)
+    for domain in domains:
+        x = images(subject, domain, batch=3)
+        state = subject.by(evaluator).prepare(domain)
+        y = evaluator.apply(state, x)
+        empty = evaluator.apply(state, x[:0])
+        assert empty.shape == (0, *y.shape[1:])
+        close(evaluator.apply(state, x[1:2]), y[1:2])
+        mapped = torch.vmap(lambda x: evaluator.apply(state, x))  # noqa: B023
+        close(mapped(torch.stack([x, x.flip(0)])), torch.stack([y, y.flip(0)]))
+        parallel = x.transpose(0, 1).contiguous().transpose(0, 1)  # strides of its own
+        close(evaluator.apply(state, parallel), y)
+
+
+@pytest.mark.parametrize("geometry", [*SOME, "3d"])
+@every_kind
+@every_boundary
+@every_evaluator
+def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geometry, monkeypatch):
+    """Batches, single images, none at all; in the memory format that they had, and the weight's dtype."""
+    evaluated(monkeypatch, evaluator.name)
+    subject, (domain, *_) = fixture(kind, boundary, geometry)
+    module, axes = subject.module, len(domain)
+    x = images(subject, domain, batch=3)
+    y = module(x)
+    assert y.dtype == x.dtype
+    assert y.is_contiguous()
+    close(y - module.bias.reshape(-1, *(1,) * axes), subject.by(evaluator)(x))
+    close(module(x[1]), y[1])
+    assert module(x[:0]).shape == (0, *y.shape[1:])
+    if axes > 1:
+        last = (torch.channels_last, torch.channels_last_3d)[axes - 2]
+        z = module(x.contiguous(memory_format=last))
+        close(z, y, check_stride=False)
+        assert z.is_contiguous(memory_format=last) or operator_of(module) is None  # torch's own class
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("geometry", ["1d, even", "2d", "2d, transposed, strided, groups"])
+@every_kind
+@every_boundary
+@every_evaluator
+def test_half_precision_is_as_exact_as_its_rounding(evaluator, boundary, kind, geometry, dtype):
+    subject, domains = fixture(kind, boundary, geometry, torch.float32)
+    subject = copy.deepcopy(subject).to(dtype).by(evaluator)
+    for domain in domains:
+        x = images(subject, domain)
+        y = subject(x)
+        assert y.dtype == dtype
+        M = exact(subject, domain, subject.module.weight.detach().double())
+        expected = (x.double().flatten(1) @ M.mT).reshape(y.shape)
+        close(y.double(), expected, atol=8 * torch.finfo(dtype).eps, rtol=0)
