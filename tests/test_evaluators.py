@@ -236,7 +236,9 @@ def pushed(function, subject, domain):
 
 every_evaluator = pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
 every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize(
+    "kind", [k if k in ("any", "given") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 
 
 # The contract

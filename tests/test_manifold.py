@@ -510,6 +510,7 @@ def test_vectors_that_follow_a_step_keep_their_lengths_and_angles(size, stride, 
             close(moved, manifold.transp(x, y, v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "epsilon", "size", "retraction"),
     [
