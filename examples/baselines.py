@@ -16,7 +16,7 @@ from orthoconv_param import expm_skew
 
 
 class _Gated(Cell):
-    """With one convolution of the input and one of the state, of ``gates`` outputs for each channel."""
+    """A cell with a convolution of input and one of state, of ``gates`` outputs for each channel."""
 
     def __init__(self, inputs: int, channels: int, gates: int, axes: int, groups: int) -> None:
         super().__init__(channels)
@@ -25,17 +25,20 @@ class _Gated(Cell):
         self.recurrence = convolution(axes, channels, gates * channels, groups=groups)
 
     def arguments(self, x: Tensor | None, h: Tensor) -> list[Tensor]:
-        """What the gates are functions of; each group has its own, one after the other."""
+        """Return the arguments of the gates' functions, gate by gate.
+
+        Among the convolutions' outputs, all gates of a group come before those of the next.
+        """
         z = self.recurrence(h)
         z = z if x is None else z + self.input(x)
         return [gate.flatten(1, 2) for gate in z.unflatten(1, (self.groups, self.gates, -1)).unbind(2)]
 
 
 class PlainConvRNNCell(_Gated):
-    """``h(t+1) = tanh(W * h(t) + V * x(t) + b)``.
+    """The cell ``h(t+1) = tanh(W * h(t) + V * x(t) + b)``.
 
-    With ``identity``, `W` starts as the identity and `b` as zero, and both are trained slowly, as what is
-    orthogonal is: what is left is the difference that orthogonality makes.
+    With ``identity``, `W` starts as the identity and `b` as zero, and both are trained slowly, as
+    orthogonal kernels are. Any difference from an orthogonal network is then due to orthogonality.
     """
 
     def __init__(
@@ -48,19 +51,20 @@ class PlainConvRNNCell(_Gated):
             nn.init.zeros_(self.recurrence.get_parameter("bias"))
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
-        """The next state."""
+        """Return the next state."""
         return self.arguments(x, h)[0].tanh()
 
     def recurrent_parameters(self) -> list[nn.Parameter]:
-        """`W` and `b`, if they are to be trained slowly."""
+        """Return `W` and `b`, if they are to be trained slowly."""
         return list(self.recurrence.parameters()) if self.identity else []
 
 
 class ConvLSTMCell(_Gated):
     """ConvLSTM without peepholes (Shi et al., arXiv:1506.04214).
 
-    The forget gate's bias is at first 1; with a ``delay``, the forget and input gates' are such that
-    memories last up to so many steps (chrono initialisation: Tallec and Ollivier, arXiv:1804.11188).
+    The forget gate's bias is 1 at first. With a ``delay``, the biases of the forget and input gates are
+    such that memories last up to so many steps (chrono initialisation: Tallec and Ollivier,
+    arXiv:1804.11188).
     """
 
     memories = 2
@@ -76,7 +80,7 @@ class ConvLSTMCell(_Gated):
             write.copy_(-keep)
 
     def forward(self, x: Tensor | None, state: Tensor) -> Tensor:
-        """The next state, of which the first half is the output and the second the memory."""
+        """Return the next state: its first half is the output, the second the memory."""
         h, c = state.chunk(2, 1)
         write, keep, show, value = self.arguments(x, h)
         c = keep.sigmoid() * c + write.sigmoid() * value.tanh()
@@ -91,15 +95,15 @@ class ConvGRUCell(_Gated):
         self.candidate = PlainConvRNNCell(inputs, channels, axes=axes, groups=groups)
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
-        """The next state."""
+        """Return the next state."""
         update, reset = (gate.sigmoid() for gate in self.arguments(x, h))
         return torch.lerp(h, self.candidate(x, reset * h), update)
 
 
 class ExpRNNCell(Cell):
-    """``h(t+1) = modrelu(Q h(t) + V x(t))``, a dense orthogonal `Q` of geotorch (arXiv:1901.08428).
+    """The cell ``h(t+1) = modrelu(Q h(t) + V x(t))``, with a dense orthogonal `Q` of geotorch.
 
-    It sees a frame as a vector. The state is ``(batch, channels, 1)``.
+    (arXiv:1901.08428) It sees a frame as a vector. The state is ``(batch, channels, 1)``.
     """
 
     def __init__(self, inputs: int, channels: int, *, groups: int = 1) -> None:
@@ -113,18 +117,18 @@ class ExpRNNCell(Cell):
         self.phi = ModReLU(channels, 1)
 
     def _stack(self) -> Any:
-        """The parametrization's list."""
+        """Return the list of parametrizations of the recurrence."""
         return self.get_submodule("parametrizations.recurrence")
 
     def start(self, batch: int, size: Sequence[int]) -> Tensor:
-        """The state before the first frame: zeros."""
+        """Return the state before the first frame: zeros."""
         return super().start(batch, (1,))
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
-        """The next state."""
+        """Return the next state."""
         z = torch.einsum("gij,bgj->bgi", self.recurrence, h.view(len(h), self.groups, -1)).reshape(h.shape)
         return self.phi(z if x is None else z + self.input(x.reshape(len(x), -1, 1)))
 
     def recurrent_parameters(self) -> list[nn.Parameter]:
-        """The generator of `Q`, and modReLU's bias."""
+        """Return the generator of `Q`, and modReLU's bias."""
         return [self._stack().original, self.phi.b]

@@ -27,7 +27,7 @@ def convolution(
     groups: int = 1,
     dtype: torch.dtype | None = None,
 ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """A periodic one, three wide."""
+    """Return a periodic convolution, three taps wide."""
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
     return kind(
         inputs, outputs, 3, padding=1, padding_mode="circular", bias=bias, groups=groups, dtype=dtype
@@ -35,7 +35,7 @@ def convolution(
 
 
 class ModReLU(nn.Module):
-    """``phi(z) = z/|z| relu(|z| + b)``, a ``b`` for each channel, at first 0.
+    """The map ``phi(z) = z/|z| relu(|z| + b)``, with a ``b`` for each channel, at first 0.
 
     Where ``|z| < 1e-5`` it is linear, so that it is continuous at zero. (Arjovsky et al., arXiv:1511.06464)
     """
@@ -45,18 +45,18 @@ class ModReLU(nn.Module):
         self.b = nn.Parameter(torch.zeros(channels, *[1] * axes, dtype=dtype))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Of ``(batch, channels, *size)``."""
+        """Apply `phi` to ``(batch, channels, *size)``."""
         return z * torch.relu(1 + self.b / z.abs().clamp_min(1e-5))
 
 
 class Sigmoid(nn.Module):
-    """``phi(z) = z / sqrt(1 + |z|^2)``: the modulus saturates at 1.
+    """The map ``phi(z) = z / sqrt(1 + |z|^2)``: the modulus saturates at 1.
 
     (Chandra and Magnasco, arXiv:2405.13854)
     """
 
     def forward(self, z: Tensor) -> Tensor:
-        """Of numbers, real or complex."""
+        """Apply `phi` to numbers, real or complex."""
         return z * torch.rsqrt(1 + z.abs().square())
 
 
@@ -75,31 +75,31 @@ class Cell(nn.Module):
         self.channels = channels
 
     def start(self, batch: int, size: Sequence[int]) -> Tensor:
-        """The state before the first frame: zeros."""
+        """Return the state before the first frame: zeros."""
         weight = self.input.get_parameter("weight")
         return weight.new_zeros(batch, self.memories * self.channels, *size)
 
     def output(self, state: Tensor) -> Tensor:
-        """What others see of a state, ``(batch, channels, *size)``."""
+        """Return the part of a state that others see, ``(batch, channels, *size)``."""
         return state[:, : self.channels]
 
     def recurrent_parameters(self) -> list[nn.Parameter]:
-        """Those that want a smaller learning rate the more steps there are."""
+        """Return the parameters that want a smaller learning rate, the more steps there are."""
         return []
 
 
 class ConvRNNCell(Cell):
-    """``h(t+1) = phi(U * h(t) + V * x(t))``, on periodic images of every size.
+    """The cell ``h(t+1) = phi(U * h(t) + V * x(t))``, on periodic images of every size.
 
     Args:
         inputs: channels of `x`.
         channels: of the state.
         axes: of the lattice, 1 to 3.
         phi: ``"modrelu"``, ``"sigmoid"`` or ``"identity"``.
-        dtype: of the state, by default torch's; a complex one makes `U` unitary.
-        bias: whether a constant for each channel is added before `phi`.
-        spread: standard deviation of the generator's initial values (`U` is its exponential: near 0, it is
-            near the identity); by default they are torch's own of a convolution.
+        dtype: of the state, by default torch's default dtype; a complex one makes `U` unitary.
+        bias: True to add a constant for each channel before `phi`.
+        spread: standard deviation of the generator's initial values. `U` is the generator's exponential:
+            near 0, it is near the identity. By default the values are torch's own for a convolution.
         groups: of the channels: that many independent networks, side by side.
     """
 
@@ -132,28 +132,28 @@ class ConvRNNCell(Cell):
         self.phi = kinds[phi]()
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
-        """The next state."""
+        """Return the next state."""
         z = self.recurrence(h)
         return self.phi(z if x is None else z + self.input(x.to(z.dtype)))
 
     def recurrent_parameters(self) -> list[nn.Parameter]:
-        """The generator of `U`, and what `phi` has."""
+        """Return the generator of `U`, and the parameters of `phi`."""
         return [*generators(self), *self.phi.parameters()]
 
 
 class Recurrent(nn.Module):
-    """A cell, and a module that reads its last state; if what that reads is complex, the real part."""
+    """A cell, and a module that reads its last state. Of a complex result the real part is taken."""
 
     def __init__(self, cell: Cell, read: nn.Module) -> None:
         super().__init__()
         self.cell, self.read = cell, read
 
     def forward(self, frames: Sequence[Tensor | None], states: list[Tensor] | None = None) -> Tensor:
-        """What is read after the last frame.
+        """Return what is read after the last frame.
 
         Args:
-            frames: of which the first is none of the blank ones.
-            states: the state after each frame is appended to this list.
+            frames: one for each step; the first is not a blank one.
+            states: a list to which the state after each frame is appended.
         """
         first = frames[0]
         if first is None:

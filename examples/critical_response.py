@@ -37,7 +37,7 @@ PERTURBATION = 1e-4  # of the amplitude
 
 
 class Law(NamedTuple):
-    """``y = factor * x^exponent``, in the limit of small amplitudes."""
+    """The power law ``y = factor * x^exponent``, in the limit of small amplitudes."""
 
     x_name: str
     y_name: str
@@ -66,7 +66,7 @@ class Network:
         self.turn = turned.mean() / turned.mean().abs()
 
     def _wave(self, size: Sequence[int], k: int) -> Tensor:
-        """``exp(2 pi i k . x / n)``, ``(1, 1, *size)``, with the same ``k`` on each axis."""
+        """Return ``exp(2 pi i k . x / n)``, ``(1, 1, *size)``, with the same ``k`` on each axis."""
         axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) / n for n in size), indexing="ij")
         phase = 2 * torch.pi * k * torch.stack(axes).sum(0)
         return torch.polar(torch.ones_like(phase), phase)[None, None]
@@ -75,7 +75,7 @@ class Network:
         return torch.tensor(values, dtype=torch.float64).reshape(-1, *[1] * (self.carrier.ndim - 1))
 
     def _states(self, h: Tensor, drive: Tensor, steps: int) -> Iterator[tuple[int, Tensor]]:
-        """Each step, from 1, and the state after it; drives belong to the batch."""
+        """Yield each step, from 1, and the state after it. Each state of the batch has its drive."""
         x = drive * self.carrier
         with torch.no_grad(), parametrize.cached():
             for step in range(1, steps + 1):
@@ -85,20 +85,20 @@ class Network:
                 yield step, h
 
     def response(self, drives: Sequence[float], steps: int) -> list[float]:
-        """The amplitudes that drives have raised after some steps."""
+        """Return the amplitudes to which drives have raised the wave after some steps."""
         drive = self._column(drives)
         states = self._states(0 * drive * self.carrier, drive, steps)
         return next(amplitude(h).tolist() for step, h in states if step == steps)
 
     def decay(self, times: Sequence[int]) -> list[float]:
-        """The amplitudes at some times, from 1 at the beginning."""
+        """Return the amplitudes at some times, from 1 at the beginning."""
         states = self._states(self.carrier, torch.zeros(1), max(times))
         return [amplitude(h).item() for step, h in states if step in times]
 
     def relaxation(self, amplitudes: Sequence[float], change: Tensor, steps: int) -> list[float]:
-        """The rates at which a small change of steady waves decays.
+        """Return the rates at which a small change of steady waves decays.
 
-        Each is measured over ``r^-2`` steps, in which a wave forgets it, but over no more than ``steps``.
+        Each is measured over ``r^-2`` steps, in which a wave forgets the change, over at most ``steps``.
         """
         r = self._column(amplitudes)
         drive = r * torch.expm1(-torch.log1p(-r.square()) / 2)  # then phi(r + drive) = r
@@ -116,17 +116,17 @@ class Network:
 
 
 def amplitude(h: Tensor) -> Tensor:
-    """Root mean square, of each state of the batch."""
+    """Return the root mean square of each state of the batch."""
     return h.abs().square().flatten(1).mean(1).sqrt()
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the power law that fits best: least squares of the logarithms."""
+    """Return the exponent of the power law that fits best: least squares of the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def experiment(size: list[int], seed: int, x: dict[str, list[float]], steps: int) -> dict[str, list[float]]:
-    """What is measured, for each law at the given values."""
+    """Measure each law at the given values."""
     network = Network(size, seed)
     changes = network.carrier, network.other
     small = [
@@ -139,7 +139,7 @@ def experiment(size: list[int], seed: int, x: dict[str, list[float]], steps: int
 
 
 def draw(x: dict[str, list[float]], y: dict[str, list[float]], path: Path) -> None:
-    """What was measured, as dots, and what is predicted, as lines."""
+    """Draw measured values as dots, and predicted ones as lines."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for n, (name, law) in enumerate(LAWS.items()):
         axes = panels[min(n, 2)]
@@ -153,7 +153,7 @@ def draw(x: dict[str, list[float]], y: dict[str, list[float]], path: Path) -> No
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     options = parser(__doc__)
     options.add_argument(
         "--size", type=positive, nargs="+", default=[16, 16], help="of the lattice, 1 to 3 axes"

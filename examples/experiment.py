@@ -20,11 +20,11 @@ TRAINING_DIGITS = 1500  # of 1797; the others are for testing
 
 
 class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines, and tells defaults."""
+    """A help formatter that keeps the description's lines, and tells defaults."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of all experiments."""
+    """Return a parser of the options that all experiments have."""
     result = argparse.ArgumentParser(description=description, formatter_class=_Format)
     result.add_argument("--out", type=Path, default=Path("."), help="folder of the CSV and PNG files")
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
@@ -34,14 +34,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """An option's value."""
+    """Return an option's value, a positive integer."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"should be positive. Found {text}")
     return int(text)
 
 
 def parse(options: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
-    """What the user says; where nothing is said, the quick setting if that is asked for, or the default."""
+    """Parse the command line; with ``--quick``, options that are not given have the quick setting."""
     words = " ".join(
         f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in quick.items()
     )
@@ -56,24 +56,24 @@ def parse(options: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, of one value 0."""
+    """Return the mean and the standard deviation, which is 0 for one value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation, as text."""
+    """Return the mean and the standard deviation, as text."""
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All scanned digits, ``(1797, 8, 8)`` with values in [0, 1], and which they are."""
+    """Return all scanned digits, ``(1797, 8, 8)`` with values in [0, 1], and their labels."""
     bunch = load_digits()
     return torch.tensor(bunch.images / 16, dtype=torch.float32), torch.tensor(bunch.target)
 
@@ -90,7 +90,7 @@ def _begin(ticks: Any) -> None:
 
 
 def tick(n: int = 1) -> None:
-    """Moves the progress bar, from within a worker."""
+    """Move the progress bar, from within a worker."""
     if _ticks is not None:
         with _ticks.get_lock():
             _ticks.value += n
@@ -99,7 +99,7 @@ def tick(n: int = 1) -> None:
 def run(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], total: int, title: str, workers: int
 ) -> list[Any]:
-    """Calls the function with each job's arguments, in several processes; all make ``total`` ticks."""
+    """Call the function with each job's arguments, in several processes; all make ``total`` ticks."""
     context = multiprocessing.get_context("spawn")
     ticks = context.Value("q", 0)
     with (
@@ -118,21 +118,22 @@ def run(
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A CSV file with the rows' keys as its header."""
+    """Write rows to a CSV file, with their keys as its header."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-# Many networks as one: each is a group of its channels. Every parameter's first axis is its members'.
+# Many networks as one: each member is a group of its channels. The first axis of every parameter runs over
+# the members.
 
 
 def population(make: Callable[[int], Recurrent], seeds: Sequence[int]) -> Recurrent:
-    """A network of as many groups as there are seeds, each drawn with its own.
+    """Return a network with a group for each seed, whose parameters are drawn with that seed.
 
     Args:
-        make: such a network, given the number of groups.
+        make: makes such a network, given the number of groups.
         seeds: of the members.
     """
     networks = []
@@ -145,13 +146,13 @@ def population(make: Callable[[int], Recurrent], seeds: Sequence[int]) -> Recurr
 
 
 def numbers(network: Recurrent) -> dict[str, Tensor]:
-    """Return what of a network's state is numbers; the rest are words that say what they are of."""
+    """Return the tensors of numbers in a network's state; the rest of it describes them in words."""
     state = network.state_dict()
     return {name: x for name, x in state.items() if x.is_floating_point() or x.is_complex()}
 
 
 def members(make: Callable[[int], Recurrent], network: Recurrent, which: Tensor, of: int) -> Recurrent:
-    """The network of some of the groups of another."""
+    """Return the network that consists of some of the groups of another; that one has ``of`` groups."""
     result = make(len(which))
     state = numbers(network)
     result.load_state_dict({k: v.unflatten(0, (of, -1))[which].flatten(0, 1) for k, v in state.items()})
@@ -166,14 +167,14 @@ def fit(
     recurrent: float = 1.0,
     cost: int = 1,
 ) -> Tensor:
-    """Trains all members by Adam; returns their losses, ``(steps, members)``.
+    """Train all members by Adam, and return their losses, ``(steps, members)``.
 
     Args:
         network: of ``len(rates)`` groups.
         loss: of each member, on another batch at each call.
         steps: of Adam; learning rates fall to zero along a cosine.
         rates: of the members.
-        recurrent: what the rate of `recurrent_parameters` is multiplied by.
+        recurrent: factor of the rate of `recurrent_parameters`.
         cost: ticks of a step.
     """
     slow = {id(p) for p in network.cell.recurrent_parameters()}
@@ -196,7 +197,7 @@ def fit(
             # Adam's step is proportional to the rate, which differs from member to member
             for p, old in zip(parameters, before, strict=True):
                 change = (p - old).unflatten(0, (len(rates), -1))
-                change = torch.where(change.isfinite(), change, 0)  # who diverges must not stop the others
+                change = torch.where(change.isfinite(), change, 0)  # one that diverges stops no other
                 p.copy_(old + (rates.view(-1, *(1,) * p.ndim) * change).flatten(0, 1))
         losses[step] = losses_now.detach()
         tick(cost)
@@ -206,7 +207,10 @@ def fit(
 def best_members(
     make: Callable[[int], Recurrent], network: Recurrent, rates: Sequence[float], costs: Tensor
 ) -> tuple[Recurrent, int]:
-    """Of a network of all seeds, rate by rate: those of the rate of least mean cost, and which it is."""
+    """Return the members with the rate of least mean cost, and the index of that rate.
+
+    The network has all seeds, rate by rate.
+    """
     best = int(costs.view(len(rates), -1).mean(1).nan_to_num(torch.inf).argmin())
     which = torch.arange(len(costs)).view(len(rates), -1)[best]
     return members(make, network, which, len(costs)), best
@@ -220,7 +224,11 @@ def rows_of(
     chosen: tuple[str, Tensor],
     **same: Any,
 ) -> list[dict[str, Any]]:
-    """A row for each rate and seed, with a named number of every one, and one of those of the best rate."""
+    """Return a row for each rate and seed.
+
+    ``every`` is a name and the numbers of all members, ``chosen`` a name and the numbers of those with the
+    best rate; other members have an empty cell there. ``same`` are cells that all rows have.
+    """
     numbers, results = every[1].view(len(rates), -1).tolist(), chosen[1].tolist()
     return [
         {**same, "rate": rate, "seed": seed, every[0]: numbers[r][s], "chosen": r == best}
@@ -231,10 +239,10 @@ def rows_of(
 
 
 def results_of(rows: Sequence[dict[str, Any]], name: str, **same: Any) -> list[float]:
-    """The chosen ones' numbers, of the rows that have these values: one for each seed."""
+    """Return the numbers of the chosen rows that have the values ``same``: one for each seed."""
     return [r[name] for r in rows if r["chosen"] and all(r[k] == v for k, v in same.items())]
 
 
 def size_of(network: Recurrent) -> int:
-    """Real numbers among its parameters."""
+    """Return how many real numbers a network's parameters hold."""
     return sum(p.numel() * (2 if p.is_complex() else 1) for p in network.parameters())

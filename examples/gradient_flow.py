@@ -32,13 +32,13 @@ IMAGES = 16  # over which the error is taken
 
 
 def networks(delay: int) -> dict[str, Callable[[int], Recurrent]]:
-    """Those of recall, and ours without a phi."""
+    """Return the makers of recall's networks, and of ours without a phi."""
     linear = networks_of_recall(delay, phi="identity")["orthogonal ConvRNN"]
     return {"orthogonal ConvRNN, no phi": linear, **networks_of_recall(delay)}
 
 
 def gradient_norms(network: Recurrent, members: int, delay: int) -> Tensor:
-    """``(members, delay + 1)``, relative to the last."""
+    """Return the norms of the gradients, ``(members, delay + 1)``, relative to the last."""
     images, _ = digits()
     shown = (
         images[TRAINING_DIGITS:, None][:IMAGES].expand(-1, members, -1, -1).to(torch.get_default_dtype())
@@ -54,7 +54,7 @@ def gradient_norms(network: Recurrent, members: int, delay: int) -> Tensor:
 
 
 def in_double_precision(name: str, delay: int, network: Recurrent, members: int) -> Recurrent:
-    """The same, so that small gradients do not end as zeros."""
+    """Return the same network in double precision, so that small gradients do not end as zeros."""
     torch.set_default_dtype(torch.float64)
     result = networks(delay)[name](members)
     result.load_state_dict(network.state_dict())
@@ -62,7 +62,7 @@ def in_double_precision(name: str, delay: int, network: Recurrent, members: int)
 
 
 def experiment(name: str, delay: int, seeds: Sequence[int], steps: int) -> dict[bool, Tensor]:
-    """The norms before training, and after."""
+    """Return the norms before training, and after."""
     torch.set_default_dtype(torch.float32)
     untrained = population(networks(delay)[name], seeds)
     trained, _ = train(networks(delay)[name], delay, list(seeds), [RATE], steps)
@@ -73,7 +73,7 @@ def experiment(name: str, delay: int, seeds: Sequence[int], steps: int) -> dict[
 
 
 def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
-    """Norms over the step: geometric means over the seeds, between the least and the largest."""
+    """Draw norms over the step: geometric means over the seeds, between the least and the largest."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axes, is_trained in zip(panels, (False, True), strict=True):
         for name, norms in results.items():
@@ -90,7 +90,7 @@ def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     options = parser(__doc__)
     options.add_argument("--delay", type=positive, default=1000, help="T")
     options.add_argument(

@@ -51,17 +51,17 @@ SPREAD = 1e-3  # of the generators' initial values: U is near the identity
 
 
 def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: Any) -> Recurrent:
-    """``channels`` are those of each group."""
+    """Return a network with ``channels`` for each group."""
     channels *= groups
     read = convolution(2, channels, groups, groups=groups, dtype=options.get("dtype"))
     return Recurrent(cell(groups, channels, groups=groups, **options), read)
 
 
 def networks(delay: int, phi: str = "modrelu") -> dict[str, Callable[[int], Recurrent]]:
-    """How each is made, of a number of groups; with about as many parameters each.
+    """Return for each network a function that makes it, given the number of groups.
 
-    The second ConvLSTM starts knowing how long the delay is, the second plain ConvRNN from what does
-    nothing, as ours nearly do.
+    All have about as many parameters. The second ConvLSTM starts with biases that fit the delay. The second
+    plain ConvRNN starts from the identity, as ours nearly do.
     """
     complex_dtype = torch.get_default_dtype().to_complex()
     ours = partial(_network, ConvRNNCell, spread=SPREAD, phi=phi)
@@ -79,7 +79,7 @@ def networks(delay: int, phi: str = "modrelu") -> dict[str, Callable[[int], Recu
 def frames(
     images: Tensor, delay: int, noise: float = 0.0, random: torch.Generator | None = None
 ) -> list[Tensor | None]:
-    """The images, and the frames that follow."""
+    """Return the images, and the blank or noisy frames that follow."""
     if not noise:
         return [images] + [None] * delay
     return [images, *(noise * torch.randn(images.shape, generator=random) for _ in range(delay))]
@@ -94,7 +94,10 @@ def train(
     batch: int = BATCH,
     noise: float = 0.0,
 ) -> tuple[Recurrent, Tensor]:
-    """One network of all seeds with all rates, rate by rate; and their losses, ``(steps, members)``."""
+    """Train one network of all seeds with all rates, rate by rate; return it and the losses.
+
+    The losses are ``(steps, members)``.
+    """
     images, _ = digits()
     every_seed = seeds * len(rates)
     network = population(make, every_seed)
@@ -107,7 +110,7 @@ def train(
         return (network(frames(shown, delay, noise, noises)) - shown).square().mean((0, 2, 3))
 
     each = torch.tensor(rates).repeat_interleave(len(seeds))
-    # A change of the recurrence's angles grows with the number of steps
+    # the effect of a change of the recurrence's angles grows with the number of steps
     losses = fit(network, loss, steps, each, recurrent=1 / delay, cost=delay * len(every_seed))
     return network, losses
 
@@ -115,7 +118,7 @@ def train(
 def experiment(
     name: str, delay: int, seeds: list[int], rates: list[float], steps: int, batch: int, noise: float
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """The rows of the CSV file, and some digits as the first seed's network gives them back."""
+    """Return the rows of the CSV file, and some digits as the first seed's network gives them back."""
     make = networks(delay)[name]
     network, losses = train(make, delay, seeds, rates, steps, batch, noise)
     last = losses[-max(1, steps // 10) :].mean(0)
@@ -132,7 +135,7 @@ def experiment(
 
 
 def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], path: Path) -> None:
-    """The errors over the delay, and what is recalled after the longest."""
+    """Draw the errors over the delay, and the digits that are recalled after the longest."""
     names = list(dict.fromkeys(name for name, _ in recalled))
     delays = sorted({delay for _, delay in recalled})
     images, _ = digits()
@@ -157,7 +160,7 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     options = parser(__doc__)
     options.add_argument("--delays", type=positive, nargs="+", default=[100, 500, 1000])
     options.add_argument("--rates", type=float, nargs="+", default=RATES)

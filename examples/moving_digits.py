@@ -46,7 +46,7 @@ class MovingDigits:
         self.random = torch.Generator().manual_seed(seed)
 
     def batch(self, size: int) -> Tensor:
-        """``(size, frames, 1, canvas, canvas)``, with values in [0, 1]."""
+        """Return videos ``(size, frames, 1, canvas, canvas)``, with values in [0, 1]."""
         digits = self.digits[torch.randint(len(self.digits), (size,), generator=self.random)]
         room = self.canvas - 8
         start = torch.randint(room + 1, (size, 2, 1), generator=self.random)
@@ -71,7 +71,7 @@ class ConvLSTM(nn.Module):
         nn.init.ones_(self.gates.get_parameter("bias")[hidden : 2 * hidden])  # remember at first
 
     def forward(self, video: Tensor, context: int) -> Tensor:
-        """Logits of frames 1, 2, ...; after ``context`` frames it sees its own predictions only."""
+        """Return logits of frames 1, 2, ...; after ``context`` frames it sees its own predictions only."""
         h = c = video.new_zeros(len(video), self.hidden, *video.shape[-2:])
         logits: list[Tensor] = []
         with parametrize.cached():  # a parametrized weight is computed once, not once a frame
@@ -84,7 +84,7 @@ class ConvLSTM(nn.Module):
         return torch.stack(logits, 1)
 
     def loss(self, video: Tensor, context: int) -> Tensor:
-        """Cross-entropy, in nats per pixel, of all frames that can be foretold: from the third on."""
+        """Return the cross-entropy in nats per pixel of frames that can be foretold: from the third on."""
         return F.binary_cross_entropy_with_logits(self(video, context)[:, 1:], video[:, 2:])
 
 
@@ -97,7 +97,7 @@ def train(
     arguments: argparse.Namespace,
     annealed: int = 0,
 ) -> list[float]:
-    """Adam on fresh videos, its learning rate rising and falling once; returns the losses.
+    """Train by Adam on fresh videos, its learning rate rising and falling once; return the losses.
 
     In the first ``annealed`` steps the model goes from its pretrained operators to orthogonal ones.
     """
@@ -125,7 +125,7 @@ def train(
 
 
 def draw_losses(path: Path, curves: dict[str, list[float]]) -> None:
-    """Saves the training losses against the step, averaged over 15 steps around each."""
+    """Save a plot of the training losses against the step, averaged over 15 steps around each."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for title, losses in curves.items():
         window = min(15, len(losses))
@@ -139,7 +139,7 @@ def draw_losses(path: Path, curves: dict[str, list[float]]) -> None:
 
 
 def draw_frames(path: Path, rows: dict[str, Tensor], context: int) -> None:
-    """Saves frames of one video, true and predicted, one above the other: about 14 of them."""
+    """Save a picture of about 14 frames of one video, true and predicted, one above the other."""
     count = len(next(iter(rows.values())))
     shown = range(count - 1, -1, -max(1, round(count / 14)))[::-1]
     figure, axes = plt.subplots(
@@ -159,7 +159,7 @@ def draw_frames(path: Path, rows: dict[str, Tensor], context: int) -> None:
 
 
 def arguments_of_the_command_line() -> argparse.Namespace:
-    """What the user asks for."""
+    """Return the options that the user asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,7 +196,7 @@ def arguments_of_the_command_line() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     arguments = arguments_of_the_command_line()
     plt.switch_backend("agg")  # pictures go to files
     torch.manual_seed(arguments.seed)

@@ -18,14 +18,14 @@ from orthoconv_param import orthogonal, plot_gradient_norms, plot_spectrum
 
 
 class Recurrent(nn.Module):
-    """``h(t+1) = tanh(U * h(t) + x(t))``."""
+    """The network ``h(t+1) = tanh(U * h(t) + x(t))``."""
 
     def __init__(self, recurrence: nn.Module) -> None:
         super().__init__()
         self.recurrence = recurrence
 
     def forward(self, frames: Tensor) -> Tensor:
-        """The last state."""
+        """Return the last state."""
         h = torch.zeros_like(frames[:, 0])
         for x in frames.unbind(1):
             h = torch.tanh(self.recurrence(h) + x)
@@ -33,13 +33,13 @@ class Recurrent(nn.Module):
 
 
 def convolution() -> nn.Conv2d:
-    """An ordinary one, of torch's initial values."""
+    """Return an ordinary convolution, with torch's initial values."""
     torch.manual_seed(0)
     return nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular", bias=False)
 
 
 def main() -> None:
-    """Draws both figures."""
+    """Draw both figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures")
     parser.add_argument("--steps", type=int, default=200, help="of the recurrent network")

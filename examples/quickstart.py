@@ -13,7 +13,7 @@ from orthoconv_param import orthogonal, orthogonality_defect
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)

@@ -44,7 +44,7 @@ class Problem:
 
 
 def problems(channels: int, side: int, images: int, spread: float) -> list[Problem]:
-    """Both of them, around the same kernel, from which the identity is not too far."""
+    """Return both problems, around the same kernel, from which the identity is not too far."""
     size = (channels, channels, side, side)
     kernels = OrthogonalKernels(size[2:])
     origin = kernels.origin(*size, dtype=torch.float64).as_subclass(Tensor)
@@ -70,7 +70,7 @@ def problems(channels: int, side: int, images: int, spread: float) -> list[Probl
 
 
 def trivialized(problem: Problem) -> Any:
-    """A module whose weight is the identity, parametrized on its own grid."""
+    """Return a module whose weight is the identity, parametrized on its own grid."""
     holder: Any = nn.Module()
     holder.weight = nn.Parameter(torch.zeros_like(problem.solution))
     register_parametrization(holder, "weight", ConvExponential())
@@ -79,7 +79,7 @@ def trivialized(problem: Problem) -> Any:
 
 
 def adam(problem: Problem, steps: int) -> Iterator[Tensor]:
-    """Adam on the generator."""
+    """Run Adam on the generator; yield the kernel after each step."""
     holder = trivialized(problem)
     optimizer = torch.optim.Adam(holder.parameters(), lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -92,7 +92,10 @@ def adam(problem: Problem, steps: int) -> Iterator[Tensor]:
 
 
 def gradient_descent(problem: Problem, steps: int) -> Iterator[Tensor]:
-    """Riemannian gradient descent: the base follows, so that each step is one from the identity."""
+    """Run Riemannian gradient descent; yield the kernel after each step.
+
+    The base follows, so that each step starts from a generator of zero.
+    """
     holder = trivialized(problem)
     optimizer = torch.optim.SGD(holder.parameters(), lr=0.5)
     for _ in range(steps):
@@ -104,7 +107,7 @@ def gradient_descent(problem: Problem, steps: int) -> Iterator[Tensor]:
 
 
 def riemannian_adam(problem: Problem, steps: int, retraction: str) -> Iterator[Tensor]:
-    """Geoopt's optimizer, on the kernel itself."""
+    """Run geoopt's optimizer on the kernel itself; yield the kernel after each step."""
     size = tuple(problem.solution.shape)
     kernels = OrthogonalKernels(size[2:], retraction=retraction)
     weight = geoopt.ManifoldParameter(kernels.origin(*size, dtype=torch.float64), manifold=kernels)
@@ -126,7 +129,7 @@ SOLVERS: dict[str, Callable[[Problem, int], Iterator[Tensor]]] = {
 
 
 def solve(problem: Problem, solver: str, steps: int) -> tuple[list[float], float]:
-    """The distance to the closed form after each step, and the seconds that the steps took."""
+    """Return the distance to the closed form after each step, and the seconds that the steps took."""
     distances: list[float] = []
     start = time.perf_counter()
     for weight in SOLVERS[solver](problem, steps):
@@ -135,7 +138,7 @@ def solve(problem: Problem, solver: str, steps: int) -> tuple[list[float], float
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -56,15 +56,15 @@ FRAMES = {"rows": 8, "permuted pixels": 64}
 
 
 class Modulus(nn.Module):
-    """``|h|``: what phi acts on."""
+    """The modulus ``|h|``, on which phi acts."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """Of a state, real or complex."""
+        """Return the modulus of a state, real or complex."""
         return h.abs()
 
 
 def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: Any) -> Recurrent:
-    """``channels`` are those of each group."""
+    """Return a network with ``channels`` for each group."""
     channels *= groups
     read: nn.Module = nn.Conv1d(channels, 10 * groups, SITES, groups=groups)
     if cell is ConvRNNCell:
@@ -79,8 +79,8 @@ def _dense(inputs: int, channels: int, groups: int) -> Recurrent:
 
 
 def networks(task: str) -> dict[str, Callable[[int], Recurrent]]:
-    """How each is made, of a number of groups."""
-    few = task == "rows"  # phi saturates at every step: of many, those that came first would be lost
+    """Return for each network a function that makes it, given the number of groups."""
+    few = task == "rows"  # phi saturates at every step: over many steps the first frames would be lost
     phi = {"phi": "sigmoid", "bias": True} if few else {"phi": "modrelu"}
     ours = partial(_network, ConvRNNCell, spread=SPREAD, **phi)
     return {
@@ -94,7 +94,7 @@ def networks(task: str) -> dict[str, Callable[[int], Recurrent]]:
 
 
 def frames(images: Tensor, task: str, dense: bool) -> list[Tensor]:
-    """``(batch, members, 8, 8)`` as frames ``(batch, members, sites)``."""
+    """Return images ``(batch, members, 8, 8)`` as frames ``(batch, members, sites)``."""
     if task == "rows":
         return list(images.unbind(2))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
@@ -105,7 +105,7 @@ def frames(images: Tensor, task: str, dense: bool) -> list[Tensor]:
 def experiment(
     task: str, name: str, seeds: list[int], rates: list[float], steps: int, batch: int
 ) -> list[dict[str, Any]]:
-    """The rows of the CSV file."""
+    """Train a network with all seeds and rates; return the rows of the CSV file."""
     images, labels = digits()
     make = networks(task)[name]
     dense = "dense" in name
@@ -136,12 +136,12 @@ def experiment(
 
 
 def accuracies_of(rows: list[dict[str, Any]], task: str, name: str) -> list[float]:
-    """In per cent."""
+    """Return the test accuracies of a network, in per cent."""
     return [100 * value for value in results_of(rows, "test_accuracy", task=task, network=name)]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars, and a dot for each seed."""
+    """Draw a bar for each network, and a dot for each seed."""
     names = list(networks("rows"))
     figure, panels = plt.subplots(1, len(FRAMES), figsize=(11, 3.5), layout="constrained", sharey=True)
     for axes, task in zip(panels, FRAMES, strict=True):
@@ -156,7 +156,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     options = parser(__doc__)
     options.add_argument("--rates", type=float, nargs="+", default=RATES, help="of learning")
     help_of_steps = "of Adam, with rows and with pixels"

@@ -1,10 +1,10 @@
-r"""Operations on convolutions, as operations on their kernels; plain tensors in and out.
+"""Operations on convolutions, as operations on their kernels; plain tensors in and out.
 
 A kernel ``(out, in/groups, *taps)`` acts periodically on a ``domain``: a tuple with one size for each
 space axis, an integer for all of them, or None for the kernel's own taps. Each function computes one
 matrix operation at each frequency of that domain, and returns the resulting operator's kernel
-``(out, in/groups, *domain)``, centred as "same" padding expects it. What is true of a result is true
-on its domain: on a larger one its kernel is another operator.
+``(out, in/groups, *domain)``, centred as "same" padding expects it. A result has its properties on its
+domain: on a larger one its kernel is another operator.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from geotorch.exceptions import InManifoldError
 from torch import Tensor
 
-from .checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
+from .checks import Size, at_least_single, check_dtype, check_finite, count, integer, per_axis
 from .matrices import products, unitary
 from .torus import circular
 from .torus.lattice import Lattice, Placement
@@ -34,14 +34,16 @@ __all__ = [
 def conv_exp(
     kernel: Tensor, domain: int | Size | None = None, *, stride: int | Size = 1, groups: int = 1
 ) -> Tensor:
-    r"""The convolution that is the exponential of a convolution, skew or not.
+    """Return the kernel of the exponential of a convolution, skew or not.
 
-    .. math:: \operatorname{matrix}(\mathrm{conv\_exp}(k)) = \exp(\operatorname{matrix}(k))
+        matrix(conv_exp(k)) = exp(matrix(k))
+
+    where ``matrix(k)`` is the dense matrix of the operator on the domain.
 
     Args:
-        kernel: ``(channels, channels/groups, *taps)``, or with ``stride`` the kernel of as many
-            channels as polyphase components; any floating or complex dtype.
-        domain: the periodic grid.
+        kernel: ``(channels, channels/groups, *taps)``; with a ``stride``, one that gives as many channels
+            as it takes polyphase components. Any floating or complex dtype.
+        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
         stride: of the convolution.
         groups: of the convolution.
 
@@ -68,14 +70,15 @@ def conv_exp(
 def conv_log(
     kernel: Tensor, domain: int | Size | None = None, *, stride: int | Size = 1, groups: int = 1
 ) -> Tensor:
-    r"""The principal logarithm of an orthogonal convolution: skew, real for a real kernel.
+    """Return the principal logarithm of an orthogonal convolution: skew, and real for a real kernel.
 
-    .. math:: \mathrm{conv\_exp}(\mathrm{conv\_log}(q)) = q,
-              \qquad \|\mathrm{spectrum}(\mathrm{conv\_log}(q))\|_2 \le \pi.
+        conv_exp(conv_log(q)) = q
+
+    At each frequency the matrix of ``conv_log(q)`` has a spectral norm of at most pi.
 
     Args:
         kernel: ``(channels, channels/groups, *taps)``, orthogonal on the domain.
-        domain: the periodic grid.
+        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
         stride: of the convolution.
         groups: of the convolution.
 
@@ -83,8 +86,10 @@ def conv_log(
         ``(channels, channels/groups, *domain)``. Not differentiable.
 
     Raises:
-        geotorch.exceptions.InManifoldError: if the convolution is not orthogonal there to 1e-4, or is
-            out of reach: of determinant -1 at a frequency where a real kernel's matrix is real.
+        geotorch.exceptions.InManifoldError: if the convolution is not orthogonal on the domain to 1e-4; or
+            if it has no real logarithm: a real kernel whose matrix has determinant -1 at a frequency where
+            it is real.
+        TypeError, ValueError: for arguments that do not describe a square convolution.
 
     Cost: one Hermitian eigendecomposition for each frequency.
     """
@@ -101,11 +106,13 @@ def conv_log(
 
 
 def skew(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
-    r"""The skew part ``(k - k^*) / 2`` of a convolution with as many output as input channels.
+    """Return the skew part of a convolution with as many output as input channels.
+
+        skew(k) = (k - adjoint(k)) / 2
 
     Args:
         kernel: ``(channels, channels/groups, *taps)``.
-        domain: the periodic grid.
+        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
         groups: of the convolution.
 
     Returns:
@@ -115,11 +122,11 @@ def skew(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -
 
 
 def adjoint(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
-    r"""The kernel of the adjoint: ``<adjoint(k) * y, x> = <y, k * x>``.
+    """Return the kernel of the adjoint: ``<adjoint(k) * y, x> = <y, k * x>``.
 
     Args:
         kernel: ``(out, in/groups, *taps)``.
-        domain: the periodic grid.
+        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
         groups: of the convolution.
 
     Returns:
@@ -129,12 +136,13 @@ def adjoint(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1
 
 
 def compose(after: Tensor, before: Tensor, domain: int | Size | None = None, *, groups: int = 1) -> Tensor:
-    r"""The kernel of one convolution after another: ``compose(a, b) * x = a * (b * x)``.
+    """Return the kernel of one convolution after another: ``compose(a, b) * x = a * (b * x)``.
 
     Args:
         after: ``(out, mid/groups, *taps)``.
         before: ``(mid, in/groups, *taps)``, of the same dtype.
-        domain: the periodic grid; None only where both kernels have the same taps.
+        domain: the periodic grid: a size for each axis, or one for all; None, for the kernels' own taps,
+            only if both have the same.
         groups: of both.
 
     Returns:
@@ -166,12 +174,12 @@ def identity(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The kernel that leaves its input alone; where channels differ, the first columns of it.
+    """Return the kernel that leaves its input alone; where channels differ, its first columns or rows.
 
     Args:
         kernel_size: ``(out, in/groups, *taps)``.
-        domain: the periodic grid.
-        stride: of the convolution: the identity then reads off polyphase components.
+        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
+        stride: of the convolution. The identity then gives the input's polyphase components.
         groups: of the convolution.
         dtype: of the result.
         device: of the result.
@@ -189,15 +197,15 @@ def identity(
 def nearest_orthogonal(
     kernel: Tensor, domain: int | Size | None = None, *, stride: int | Size = 1, groups: int = 1
 ) -> Tensor:
-    r"""The orthogonal convolution nearest to a convolution: the polar factor of its operator.
+    """Return the orthogonal convolution nearest to a convolution: the polar factor of its operator.
 
-    At each frequency ``U V^H``, of the singular value decomposition ``U S V^H``: it minimises the
-    Frobenius distance of the operators on the domain.
+    At each frequency it is ``U V^H``, where ``U S V^H`` is the singular value decomposition. It minimises
+    the Frobenius distance of the operators on the domain.
 
     Args:
-        kernel: ``(out, in/groups, *taps)``; where it is rank-deficient the nearest is not unique,
-            and one is chosen that is real for a real kernel and depends on the kernel only.
-        domain: the periodic grid.
+        kernel: ``(out, in/groups, *taps)``. Where its matrices have no full rank, the nearest convolution
+            is not unique. The one returned is real for a real kernel, and depends on the kernel only.
+        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
         stride: of the convolution.
         groups: of the convolution.
 
@@ -238,22 +246,23 @@ def spectral_conv(
     dilation: int | Size = 1,
     transposed: bool = False,
 ) -> Tensor:
-    r"""The circular convolution of images, through the Fourier transform; its domain is theirs.
+    """Convolve images around the torus of their own size, through the Fourier transform.
 
-    .. math:: y[o, q] = \sum_{i, d} w[o, i, d]\, x[i, s q + r (d - c)],
-              \qquad c = \lfloor (k - 1) / 2 \rfloor
+        y[o, q] = sum over i and d of w[o, i, d] x[i, s q + r (d - c)],    c = (k - 1) // 2,
 
-    What ``F.conv1d``, ``F.conv2d`` and ``F.conv3d`` compute of an image that repeats, for kernels of any
-    size; or of the transposed ones, the adjoint.
+    with stride ``s``, dilation ``r`` and ``k`` taps. ``F.conv1d``, ``F.conv2d`` and ``F.conv3d`` compute
+    the same of an image that repeats; here kernels may have any size. With ``transposed`` it is the
+    transpose of this operator, as of ``F.conv_transpose1d``, ``2d`` and ``3d``: for a real kernel, the
+    adjoint.
 
     Args:
         x: ``(batch, in, *domain)``; transposed, ``(batch, in, *domain / stride)``. Of the kernel's dtype.
-        kernel: ``(out, in/groups, *taps)``; transposed, ``(in, out/groups, *taps)``. Real or complex. Half
-            precision is computed in single precision.
+        kernel: ``(out, in/groups, *taps)``; transposed, ``(in, out/groups, *taps)``. Real or complex. With
+            half precision, single precision is used within.
         stride: of the convolution; divides the domain.
         groups: of the convolution.
         dilation: of the kernel.
-        transposed: whether this is a transposed convolution.
+        transposed: True for a transposed convolution.
 
     Returns:
         ``(batch, out, *domain / stride)``; transposed, ``(batch, out, *domain)``. First and second
@@ -262,8 +271,8 @@ def spectral_conv(
     Raises:
         TypeError, ValueError: for arguments that do not describe such a convolution.
 
-    Cost: for each image the transforms of its channels, and one product of matrices ``out x in`` for each
-    frequency, however large the kernel.
+    Cost: for each image the transforms of its channels, and one product with an ``out x in`` matrix for
+    each frequency, however large the kernel.
 
     Example:
         >>> import torch
@@ -292,16 +301,17 @@ def spectral_conv(
 
 
 def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slice, slice]]:
-    """The hidden-to-hidden blocks of a recurrent cell's stacked weight, for `retrofit`.
+    """Return the hidden-to-hidden blocks of a recurrent cell's stacked weight, for `retrofit`.
 
-    The weight is of size ``(gates * hidden, inputs + hidden, *taps)``: gate after gate, each of the input's
-    channels followed by the state's.
+    The weight is of size ``(gates * hidden, inputs + hidden, *taps)``. It gives one gate after another.
+    Each gate reads the input's channels followed by the state's.
 
     Args:
         hidden: channels of the state.
-        gates: that are stacked: 4 of a ConvLSTM; of a ConvGRU 3, or 2 and 1 where the candidate has a
-            convolution of its own.
-        inputs: channels of the input, which come before the state's; 0 of a convolution of the state alone.
+        gates: how many are stacked: 4 for a ConvLSTM; for a ConvGRU 3, or 2 and 1 where the candidate has
+            a convolution of its own.
+        inputs: channels of the input, which come before the state's; 0 for a convolution of the state
+            alone.
 
     Returns:
         A pair of slices ``(out, in)`` for each gate.
@@ -314,17 +324,15 @@ def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slic
         >>> functional.gate_blocks(16, gates=2, inputs=3)
         [(slice(0, 16, None), slice(3, 19, None)), (slice(16, 32, None), slice(3, 19, None))]
     """
-    count("hidden", hidden)
-    count("gates", gates)
-    count("inputs", inputs + 1 if isinstance(inputs, int) and not isinstance(inputs, bool) else inputs)
+    hidden, gates, inputs = count("hidden", hidden), count("gates", gates), integer("inputs", inputs)
+    if inputs < 0:
+        raise ValueError(f"inputs should be 0, or positive. Found {inputs}")
     across = slice(inputs, inputs + hidden)
     return [(slice(gate * hidden, (gate + 1) * hidden), across) for gate in range(gates)]
 
 
 def _lattice(kernel: Tensor, domain: int | Size | None, stride: int | Size, groups: int) -> Lattice:
     check_dtype("kernel", kernel)
-    if domain is not None and not isinstance(domain, (int, tuple, list)):
-        raise TypeError(f"domain should be None, an integer or a tuple of them. Found {domain!r}")
     count("groups", groups)
     return Lattice.of_kernel(kernel.shape, kernel.is_complex(), domain, stride, groups)
 

@@ -33,11 +33,12 @@ def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: 
     if exponential is None:
         return
     stack = prefix + "parametrizations.weight."
-    present = {stack + key: value for key, value in weight.stack.state_dict().items()}
+    # the very parameters, which stay with ``assign=True`` too
+    present = {stack + key: value for key, value in weight.stack.state_dict(keep_vars=True).items()}
     different = exponential.difference(state_dict, stack + "0.")
     if different is not None:
         error_msgs.append(f"{prefix}weight: {different}")
-        state_dict |= {prefix + key: value for key, value in module.state_dict().items()}
+        state_dict |= {prefix + key: value for key, value in module.state_dict(keep_vars=True).items()}
     if prefix + "weight" not in state_dict:
         return
     W = state_dict.pop(prefix + "weight")

@@ -34,40 +34,41 @@ from .torus.lattice import Lattice
 __all__ = ["OrthogonalKernels"]
 
 _LONGEST_ITERATION = 500
-_REVERSIBLE = ("expm", "cayley", "polar")  # whose maps have R(-A) = R(A)^-1
+_REVERSIBLE = ("expm", "cayley", "polar")  # maps with R(-A) = R(A)^-1
 
 
 class OrthogonalKernels(Manifold):
-    """Describe the kernels with an orthogonal (complex: unitary) convolution on periodic images of a size.
+    """The manifold of kernels that are orthogonal (complex: unitary) on periodic images of a size.
 
     A kernel is a point if ``Q(w)^H Q(w) = I`` at each frequency ``w`` of the domain, or ``Q Q^H = I`` if it
     takes more channels than it gives. Points and tangent vectors are kernels
-    ``(..., out, in/groups, *domain)``, real or complex, as ``functional`` returns them and as
-    `ConvExponential` makes them; ``functional.spectral_conv`` applies them. The axes before ``out`` are a
-    batch. Methods treat its kernels one by one, and batches broadcast.
+    ``(..., out, in/groups, *domain)``, real or complex. ``functional`` returns and `ConvExponential` makes
+    such kernels, and ``functional.spectral_conv`` applies them. The axes before ``out`` are a batch.
+    Methods treat its kernels one by one, and batches broadcast.
 
     Args:
         domain: a tuple, one size for each axis.
         stride: of the convolution.
         groups: of the convolution.
-        retraction: ``"expm"`` (geodesics), ``"cayley"``, ``"polar"`` or ``"qr"``: what optimizers step
-            along. All but ``"qr"`` are of second order, and `reversible`.
+        retraction: the map along which optimizers step: ``"expm"`` (geodesics), ``"cayley"``, ``"polar"``
+            or ``"qr"``. All but ``"qr"`` are of second order, and `reversible`.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    The metric is that of the operators as dense matrices, whose gradient is ``1/N`` of the projected
-    gradient of the kernel, ``N`` the points of the domain over the stride: in ``RiemannianSGD`` a learning
-    rate of ``N * lr`` is what ``lr`` is in ``SGD``; ``RiemannianAdam`` moves by ``lr``, in the metric.
+    The metric is that of the operators as dense matrices. Its gradient is ``1/N`` of the projected gradient
+    of the kernel, where ``N`` is the number of coarse points, the domain's over ``s^d``. So a learning rate
+    of ``N * lr`` in ``RiemannianSGD`` does what ``lr`` does in ``SGD``. ``RiemannianAdam`` moves by ``lr``,
+    in the metric.
 
-    geoopt's samplers accept it if it is `reversible`; ``RHMC`` takes real kernels only. They measure
-    momenta by the kernel's numbers, not by this metric. If ``log_prob`` is constant they draw uniformly,
-    from the component in which they start. Otherwise only two cases draw from ``exp(log_prob)``, up to an
-    error that vanishes with the step, both for real square matrices: ``RSGLD``, if it is given
+    geoopt's samplers accept the manifold if it is `reversible`; ``RHMC`` takes real kernels only. They
+    measure momenta by the kernel's numbers, not by this metric. If ``log_prob`` is constant they draw
+    uniformly, from the component in which they start. Otherwise only two cases draw from ``exp(log_prob)``,
+    up to an error that vanishes with the step, both for real square matrices: ``RSGLD``, if it is given
     ``log_prob / N``, and ``RHMC`` if ``N = 1``.
 
-    Cost: of a step, the exponential (or what replaces it) of ``m x m`` matrices, ``m = max(out, in)``, and
-    the transforms of some ten kernels.
+    Cost: for a step, the exponential (or another retraction's map) of ``m x m`` matrices,
+    ``m = max(out, in)``, and the transforms of some ten kernels.
 
     Example:
         >>> import geoopt
@@ -135,7 +136,10 @@ class OrthogonalKernels(Manifold):
         return ManifoldTensor(self._kernel(lattice, Q, like.shape, like.dtype), manifold=self)
 
     def origin(self, *size: int, dtype: Any = None, device: Any = None, seed: Any = None) -> Tensor:
-        """Return the identity; where channels differ, the first columns of it. ``seed`` is not needed."""
+        """Return the identity's kernel; where channels differ, its first columns or rows.
+
+        ``seed`` is not used.
+        """
         shape = self._shape_of(size)
         options = {"stride": self.stride, "groups": self.groups, "dtype": dtype, "device": device}
         kernel = identity(shape[-self.ndim :], self.domain, **options)
@@ -161,13 +165,13 @@ class OrthogonalKernels(Manifold):
         return self._sum(u.conj() * self._lifted(x, v), keepdim)
 
     def _lifted(self, x: Tensor, v: Tensor) -> Tensor:
-        """Apply the metric as a map: what is to be multiplied, number by number, with the other vector."""
+        """Return the vector ``w`` with ``inner(x, u, v) = Re sum(conj(u) * w)`` for every ``u``."""
         rows, columns = self._blocks(x)
         lifted = v if rows == columns else self._of(lambda Q, V: 2 * V - Q @ (Q.mH @ V), x, v)
         return self._points * lifted
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Return ``Q_y Q_x^H v`` for square matrices, an isometry; for frames, project on ``y``.
+        """Return ``Q_y Q_x^H v`` for square matrices, an isometry; for frames, `proju` of ``v`` at ``y``.
 
         `retr_transp`, which knows the step from ``x`` to ``y``, is an isometry for frames too.
         """
@@ -209,10 +213,10 @@ class OrthogonalKernels(Manifold):
 
     @torch.no_grad()
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the velocity of a shortest geodesic from ``x`` to ``y``, where unique `expmap`'s inverse.
+        """Return the velocity of a shortest geodesic from ``x`` to ``y``.
 
-        Of frames it is that of a geodesic which an iteration finds: the shortest one if they are near to
-        each other. Not differentiable; `dist` and `dist2` are.
+        Where that is unique, this is the inverse of `expmap`. For frames, an iteration finds a geodesic:
+        the shortest one if they are near to each other. Not differentiable; `dist` and `dist2` are.
 
         Raises:
             ValueError: if no geodesic connects them: real kernels whose determinants differ in sign at a
@@ -237,10 +241,11 @@ class OrthogonalKernels(Manifold):
         Its gradient is that of ``dist2`` over ``2 dist``, and 0 at distance 0.
 
         Returns:
-            One number for each pair of the batch, as `inner`: infinite if no geodesic connects it.
+            One number for each pair of the batch, as `inner` returns them: infinite if no geodesic
+            connects the pair.
 
         Raises:
-            ValueError: as `logmap`, where a geodesic is not found.
+            ValueError: as `logmap`, if a geodesic is not found.
         """
         value, slope = self._squared(x, y, keepdim)
         length = value.sqrt()
@@ -267,7 +272,7 @@ class OrthogonalKernels(Manifold):
     def _connected(self, x: Tensor, y: Tensor) -> Tensor:
         """Return a truth value for each pair of the batch: True if a geodesic connects it.
 
-        Only determinants of real square matrices tell components apart.
+        Only real square matrices have several components, told apart by the sign of the determinant.
         """
         lattice, (X, Y), shape = self._spectra(x, y)
         batch = shape[: -self.ndim]
@@ -305,7 +310,7 @@ class OrthogonalKernels(Manifold):
         return (True, None) if ok else (False, f"`Q^H u + u^H Q != 0` by {2 * defect.max().item():.1e}")
 
     def extra_repr(self) -> str:
-        """Return what ``print`` says of it."""
+        """Return the options as text, for ``print``."""
         details = [f"domain={self.domain}", f"retraction={self.retraction!r}"]
         details += [f"stride={self.stride}"] if max(self.stride) > 1 else []
         details += [f"groups={self.groups}"] if self.groups > 1 else []
@@ -384,12 +389,12 @@ class OrthogonalKernels(Manifold):
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return it in torch's own class, whose functions are torch's own, and in single precision at least."""
+    """Return a tensor of torch's own class, with torch's own functions, in single precision at least."""
     return x.as_subclass(Tensor).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rounding(x: Tensor) -> float:
-    """Return what storing kernels in half precision takes away from them."""
+    """Return a bound on the rounding error of storing kernels in half precision; 0 in other dtypes."""
     return 4 * torch.finfo(x.dtype).eps if x.dtype in HALF else 0.0
 
 
@@ -428,14 +433,14 @@ def _log_frames(X: Tensor, Y: Tensor) -> Tensor:
     are turned by ``exp(-C)`` until ``C`` is zero.
 
     Raises:
-        ValueError: if that does not converge, as between frames that are far from each other.
+        ValueError: if the iteration does not converge, as between frames that are far from each other.
     """
     k = X.shape[-1]
     Z = polar_frame(X)[..., k:]
     if Z.shape[-1] > k:
         Z = Z @ polar_frame(Z.mH @ Y)[..., :k]
     W = polar_frame(torch.cat([X.mH @ Y, Z.mH @ Y], -2))
-    # at first they are turned to be as near to the identity as possible
+    # at first the other columns are turned to be as near to the identity as possible
     U, _, Vh = torch.linalg.svd(W[..., k:, k:])
     turned = W[..., k:] @ (Vh.mH @ U.mH)
     if not W.is_complex():  # by a rotation

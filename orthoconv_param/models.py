@@ -26,8 +26,8 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
         model: any module.
 
     Returns:
-        Each parameter once, in the order of ``model.modules()``. Of a weight of which only blocks are
-        orthogonal, theirs: the rest of it is an ordinary parameter.
+        Each parameter once, in the order of ``model.modules()``. If only blocks of a weight are orthogonal,
+        their generator: the rest of the weight is an ordinary parameter.
 
     Example:
         >>> import torch
@@ -46,7 +46,7 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
             continue
         free = list(parametrizations.parameters(recurse=False))
         if not any(isinstance(p, ConvExponential) for p in parametrizations):
-            # one that has the exponential as a part takes the generator first
+            # a parametrization that has the exponential as a part takes the generator first
             inside = any(isinstance(p, ConvExponential) for p in parametrizations.modules())
             free = free[:1] if inside else []
         found |= {id(parameter): parameter for parameter in free}
@@ -57,7 +57,7 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Return what a model makes of a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    """Call a model with a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
@@ -65,7 +65,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode; modes, buffers and random numbers are as before afterwards."""
+    """Put a model into evaluation mode for a while; then restore modes, buffers and random numbers."""
     modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -90,9 +90,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
-    """Return the sizes of the images that each convolution of a model takes of an example.
+    """Return the sizes of the images that each convolution is fed when a model is run on an example.
 
-    Of a transposed convolution, of those that it gives if it keeps the size: its domain.
+    For a transposed convolution, return its domain: the sizes of the images that it gives if it keeps the
+    size.
     """
     seen: dict[nn.Module, list[Size]] = {}
 
@@ -120,7 +121,7 @@ def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
 
 
 class Uses(TorchFunctionMode):
-    """Finds what is done with the weights of convolutions outside of their own calls."""
+    """Records which functions use the weights of convolutions outside of the convolutions' own calls."""
 
     def __init__(self, convolutions: Iterable[Any]) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class Uses(TorchFunctionMode):
         self._running.remove(module)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Take notes, and do what is done. To ask for a weight's dtype or shape is not to use it."""
+        """Record a weight's use, and call the function. Reading a weight's dtype or shape is no use."""
         name = getattr(func, "__name__", str(func))
         if name != "__get__":
             for x in runtime.leaves((args, kwargs)):
@@ -162,13 +163,13 @@ class Uses(TorchFunctionMode):
 
 
 def convolutions_of(model: nn.Module) -> dict[str, Any]:
-    """Return a model's convolutions by name; one that has several names is there with each of them."""
+    """Return a model's convolutions by name; one that has several names is listed under each of them."""
     named = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if isinstance(module, CONVOLUTIONS)}
 
 
 def selected(model: nn.Module, select: Select | None) -> dict[str, Any]:
-    """Return the convolutions that are selected, each once, by name.
+    """Return the selected convolutions by name, each once.
 
     Raises:
         TypeError, ValueError: if there are none, or ``select`` names something else.
@@ -207,10 +208,11 @@ def _matching(pattern: str, names: Iterable[str], argument: str) -> list[str]:
 
 
 def by_name(blocks: Mapping[str, Iterable[Block]], chosen: Mapping[str, Any]) -> dict[str, list[Block]]:
-    """Return the blocks of each convolution.
+    """Return the blocks of each convolution, by its name.
 
     Raises:
-        TypeError, ValueError: if a pattern matches none of them, or one is matched twice.
+        TypeError, ValueError: if ``blocks`` is no dict, if a pattern matches no convolution, or if two
+            patterns match the same one.
     """
     if not isinstance(blocks, Mapping):
         raise TypeError(f"blocks should be a dict from names to pairs of slices. Found {blocks!r}")

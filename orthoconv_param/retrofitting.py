@@ -30,64 +30,68 @@ def retrofit(
     boundary: Literal["circular", "zeros"] | None = None,
     anneal: bool = True,
 ) -> _Model:
-    r"""Makes the convolutions of a trained model orthogonal, starting from their pretrained weights.
+    """Make the convolutions of a trained model orthogonal, starting from their pretrained weights.
 
-    The model is run once, to see the size of the images that each convolution is fed; there its operator
-    is made `orthogonal`. With ``anneal=True`` the model still computes what it did, and
-    ``set_orthogonality(model, t)`` takes it from the pretrained operators, ``t = 0``, to orthogonal ones,
-    ``t = 1``, while it is trained (images then have to be of that size):
+    The model is run once, to find the size of the images that each convolution is fed. At that size its
+    operator is made `orthogonal`. With ``anneal=True`` the model computes the same as before at first.
+    While it is trained, ``set_orthogonality(model, t)`` takes it from the pretrained operators, ``t = 0``,
+    to orthogonal ones, ``t = 1``. Images then have to be of that size. At each frequency the operator is
 
-    .. math:: U \exp(A)\, S^{1-t}\, V^H \quad\text{at each frequency,}
+        U exp(A) S^(1-t) V^H,
 
     where ``U S V^H`` is the pretrained operator, and ``A`` the generator's skew part, in the basis ``V``.
 
-    With ``anneal=False`` it starts at the nearest orthogonal operators: that destroys much of what was
-    learned. So does the end of annealing where the pretrained operator has no full rank: singular values
-    of 0 count as ``eps`` times the largest, and come up to 1 near ``t = 1`` only. A 1x1 convolution with a
-    stride is such: it skips samples. Rather leave it out.
+    With ``anneal=False`` the model starts at the nearest orthogonal operators. That destroys much of what
+    it has learned. The end of annealing does too where the pretrained operator has no full rank: singular
+    values of 0 count as ``eps`` times the largest, and come up to 1 near ``t = 1`` only. A 1x1 convolution
+    with a stride has no full rank, because it skips samples: better leave it out.
 
     Args:
         model: any module. Its convolutions' paddings should keep the size.
         example_inputs: what the model is called with: a tensor, a tuple of arguments, or a dict of
-            keyword arguments. It is called in evaluation mode, without gradients, and its buffers and the
-            random numbers are as before afterwards; state in other attributes is not.
+            keyword arguments. The model is called in evaluation mode, without gradients. Afterwards its
+            buffers and the random numbers are as before; state in other attributes may not be.
         select: which convolutions: names as in ``model.named_modules()``, with ``*`` and ``?``, or a
             function of ``(name, module)``. Default: all of them.
-        blocks: for convolutions by name, with ``*`` and ``?``: the blocks of the weight that are to be
-            orthogonal, pairs of slices ``(out, in)`` of its first two axes, all square and alike. The rest
-            of the weight stays free. `functional.gate_blocks` gives those of recurrent cells.
+        blocks: the blocks of weights that are to be orthogonal: a dict from names of convolutions, with
+            ``*`` and ``?``, to pairs of slices ``(out, in)`` of the weight's first two axes, all square and
+            alike. The rest of the weight stays free. `functional.gate_blocks` gives those of recurrent
+            cells.
         boundary: ``"circular"`` or ``"zeros"``. Default: each convolution's own. Another one changes the
             outputs.
-        anneal: whether to start from the pretrained operators themselves.
+        anneal: True to start from the pretrained operators themselves, False from the nearest orthogonal
+            ones.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError, ValueError: if something is selected that is no convolution, that `orthogonal` refuses,
-            that the example does not reach, or reaches with images of several sizes; if padding mirrors or
-            repeats the image (no orthogonal operator does); if a weight is shared with another module of
-            ``model`` (so pass the whole of it, and ``select``), or used outside of its convolution's call,
-            because it becomes another one; if ``blocks`` are not as above. Each convolution is named, and
-            the model is as before.
+        TypeError, ValueError: if something is selected that is no convolution, or that `orthogonal`
+            refuses; if the example does not reach a convolution, or reaches it with images of several sizes
+            (unless it has one tap); if a padding mirrors or repeats the image's edge, because no operator
+            with such a padding is orthogonal; if a weight is shared with another module of ``model``, or
+            used outside of its convolution's call, because the weight becomes another one; if ``blocks``
+            are not as above. The message names each of these convolutions, and the model is as before.
+            (Sharing is seen only within ``model``: pass the whole model, and ``select``.)
 
-    **Optimizers.** A weight that becomes orthogonal as a whole stays the same parameter: an optimizer that
-    was made before trains it on (its momenta are of the weights, though, so a new one starts cleaner). With
-    ``blocks`` a weight becomes two parameters, generator and rest: an optimizer that was made before, and
-    was not told, raises ``RuntimeError`` at its next step. Make a new one, or
-    ``optimizer.add_param_group({"params": ...})`` with the new parameters; `generators` gives those that
+    **Optimizers.** A weight that becomes orthogonal as a whole stays the same parameter. An optimizer that
+    was made before goes on training it. (Its momenta are of the weights, though, so a new one starts
+    cleaner.) With ``blocks`` a weight becomes two parameters, generator and rest. An optimizer that was
+    made before, and was not given them, raises ``RuntimeError`` at its next step. Make a new one, or call
+    ``optimizer.add_param_group({"params": ...})`` with the new parameters. `generators` gives those that
     may want a learning rate of their own.
 
-    **Checkpoints** of the retrofitted model hold ``t``, and load into a model retrofitted alike. One
-    of the plain model loads too, and means: start from these weights, at ``t = 0`` (once annealing has
-    ended, from the nearest orthogonal ones). So does assigning to a weight, and with it
-    `geotorch.utils.update_base`, before ``t`` is 1.
+    **Checkpoints.** A checkpoint of the retrofitted model holds ``t``, and loads into a model that was
+    retrofitted in the same way. One of the plain model loads too. The model then starts from these weights,
+    at ``t = 0``; or, once annealing has ended, from the nearest orthogonal ones. Before ``t`` is 1,
+    assigning to a weight starts from it at ``t = 0`` too. So does `geotorch.utils.update_base`, which
+    assigns.
 
     Cost: one call of the model, and for each convolution one singular value decomposition for each
-    frequency. Its spectrum on the domain is kept twice, once if it is not annealed: matrices of
-    ``max(out, in * s^d)`` rows, at each frequency. A step costs that of `orthogonal` and, until annealing
-    has ended, two more products of matrices. In a loop under `parametrize.cached` that is paid once; a
-    network without a loop pays for it at every call, which is much more than its convolutions cost.
+    frequency. Its spectrum on the domain, matrices of ``max(out, in * s^d)`` rows at each frequency, is
+    kept twice, or once if it is not annealed. A step costs as much as that of `orthogonal`, and until
+    annealing has ended, two more products of matrices. A loop under `parametrize.cached` pays for this
+    once. A network without a loop pays at every call, which is much more than its convolutions cost.
 
     Example:
         >>> import torch
@@ -137,22 +141,22 @@ def retrofit(
 
 
 def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> None:
-    r"""Moves all convolutions that `retrofit` anneals between pretrained, 0, and orthogonal, 1.
+    """Move all convolutions that `retrofit` anneals between pretrained (0) and orthogonal (1).
 
-    Their singular values become :math:`S^{1-t}`; generators and the parameters of an optimizer stay.
+    Their singular values become ``S^(1-t)``. Generators, and an optimizer's parameters, stay the same.
 
     Args:
         model: a retrofitted model.
         t: from 0 to 1.
-        final: whether annealing ends here, with ``t = 1``: what only served it is dropped. The convolutions
-            stay orthogonal from then on.
+        final: True to end annealing, with ``t = 1``. The buffers that only served it are dropped, and the
+            convolutions stay orthogonal from then on.
 
     Raises:
         TypeError, ValueError: if ``t`` is not from 0 to 1, or is not 1 with ``final``; if no
             convolution of the model is being annealed (where all are orthogonal, ``t = 1`` does nothing).
 
-    An averaged copy (`torch.optim.swa_utils.AveragedModel`) has to end too, by a call of its own, or its
-    next update finds buffers that are not there.
+    For an averaged copy (`torch.optim.swa_utils.AveragedModel`), annealing has to be ended by a call of its
+    own. Otherwise the copy's next update finds buffers that are not there.
     """
     if isinstance(t, (bool, str)) or not hasattr(t, "__float__"):
         raise TypeError(f"t should be a number. Found {t!r}")
@@ -182,7 +186,7 @@ def _check_shared(model: nn.Module, module: Any) -> None:
     """Raise if another module of the model has the same weight.
 
     Raises:
-        ValueError: then.
+        ValueError: if there is one.
     """
     weight = runtime.parameters_of(module).get("weight")
     others = [
@@ -233,7 +237,7 @@ def _plan(
 
 
 def _install(plans: list[tuple[Conversion, nn.Module]]) -> None:
-    """Install all of them, or, whatever goes wrong, none."""
+    """Install all parametrizations; if anything goes wrong, take back those that were installed."""
     undo: list[Callable[[], None]] = []
     try:
         for conversion, parametrization in plans:
@@ -245,10 +249,10 @@ def _install(plans: list[tuple[Conversion, nn.Module]]) -> None:
 
 
 # Note [replaced parameters]
-# An optimizer skips parameters that have no gradient, so one that holds the weight of before would train
-# neither the generator nor the rest, without a word. Before each step of any optimizer, the weights that
-# have been replaced and still exist, which is because somebody holds them, are looked for in it. Once none
-# exists, torch's hook is removed.
+# An optimizer skips parameters that have no gradient. So one that holds a replaced weight would silently
+# train neither the generator nor the rest. To find it, a hook of torch's runs before each step of any
+# optimizer, and looks there for the replaced weights that still exist. (They exist because somebody holds
+# them.) Once none exists, the hook is removed.
 
 
 class _Replaced:

@@ -4,6 +4,7 @@ The mathematics elsewhere has no branch about these: it asks here.
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -223,6 +224,25 @@ class LateReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_in_flight": None, "_waits": self._waits}
+
+
+class LastIssued:
+    """Recognises the tensor that was issued last, as long as it exists; a copy has issued none."""
+
+    def __init__(self) -> None:
+        self._storage: weakref.ref[torch.UntypedStorage] | None = None
+
+    def note(self, x: Tensor) -> None:
+        """Take note of the tensor that is issued now."""
+        if not is_compiling() and not is_batched(x):
+            self._storage = weakref.ref(x.untyped_storage())
+
+    def is_seen_in(self, x: Tensor) -> bool:
+        """Return True if a tensor is that one, or a view of it."""
+        return self._storage is not None and self._storage() is x.untyped_storage()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_storage": None}
 
 
 # Keeping results within `parametrize.cached()`

@@ -42,7 +42,7 @@ GEOMETRIES = {
     "1d, strided and dilated alike": ((3,), {"stride": 2, "dilation": 2}, (6,), [(2,), (14,)]),
     "1d, complex, transposed": ((3,), {"stride": 2, "transposed": True, "dtype": COMPLEX}, (6,), [(2,)]),
     "2d": ((3, 3), {"cin": 2, "out": 2}, (5, 4), [(1, 1), (2, 9)]),
-    "2d, one tap": ((1, 1), {"cin": 2, "out": 3}, (1, 1), [(3, 2)]),
+    "2d, one tap": ((1, 1), {"cin": 2, "out": 3}, (3, 2), [(1, 1)]),
     "2d, one tap, strided": ((1, 1), {"stride": 2, "cin": 2, "out": 3}, (4, 2), [(2, 2)]),
     "2d, wide, even": ((2, 5), {"cin": 5, "out": 2}, (3, 6), [(4, 1)]),
     "2d, groups": ((3, 1), {"cin": 4, "out": 6, "groups": 2}, (4, 3), [(2, 2)]),
@@ -283,11 +283,11 @@ CANNOT = {
     ("any", "2d, one tap", (1, 1)): set(),
     ("any, stacked", "2d", (30, 30)): {("direct", "circular"), ("direct", "zeros")},  # taps are not known
     ("any, removed", "2d", (5, 4)): set(),
-    ("given", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},  # as many taps as points
-    ("given, removed", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
-    ("given, stacked", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
-    ("annealed", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
-    ("blocks", "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")},
+    **{  # as many taps as points, or more
+        (kind, "2d", (5, 4)): {("direct", "circular"), ("direct", "zeros")}
+        for kind in ("given", "given, removed", "given, stacked", "annealed", "blocks")
+    },
+    ("given", "2d, one tap", (3, 2)): set(),
     ("given", "2d, one tap, strided", (4, 2)): set(),
 }
 

@@ -1,4 +1,4 @@
-"""`report`: a table of what each convolution of a model does to the size of its input."""
+"""`report`: a table of how each convolution of a model changes the norm of its input."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,29 +19,34 @@ from ..torus.geometry import torch_class
 from ..torus.lattice import Lattice
 from .values import of_dense, on_torus
 
-_LARGEST_REPORTED = 2**20  # entries of a dense matrix: a second
+_LARGEST_REPORTED = 2**20  # entries of a dense matrix, which take about a second
 
 _Parametrized: TypeAlias = Literal["yes", "no", "blocks"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution of a `Report`, or one block of it, on images of one size.
+    """One convolution of a `Report`, or one block of its weight, on images of one size.
+
+    With zero padding ``smallest``, ``largest`` and ``defect`` are those of the operator on ``torus``. The
+    module's own operator is a part of it and has others: `singular_values` and `orthogonality_defect` give
+    these.
 
     Args:
-        name: as in ``model.named_modules()``; of a block with its slices.
+        name: as in ``model.named_modules()``; for a block, with its slices.
         geometry: in words.
-        domain: size of the images that it is fed (transposed: that it gives); None if the example does not
-            reach it.
-        torus: on which the singular values are: the domain; or with zero padding the larger one, on which
-            the image lies between zeros.
-        smallest: singular value there; nan if it is not known.
-        largest: likewise.
-        defect: ``max |singular value - 1|``.
-        parametrized: ``"yes"``, ``"no"``, or ``"blocks"`` if only these of it are orthogonal.
+        domain: size of the images that the convolution is fed (transposed: that it gives); None if the
+            example does not reach it.
+        torus: the torus of the measured operator: the domain; or with zero padding a larger one, on which
+            the image lies between zeros. None if the domain is None.
+        smallest: the smallest singular value of that operator; nan if it is not known.
+        largest: the largest one; nan if it is not known.
+        defect: ``max |singular value - 1|`` of that operator; nan if it is not known.
+        parametrized: ``"yes"``, ``"no"``, or ``"blocks"`` if only blocks of the weight are orthogonal.
         t: how far annealing is, 1 for orthogonal; None if it is not parametrized.
-        parameters: how many numbers the convolution trains, its bias included; a block, its taps.
-        share: of the model's.
+        parameters: how many numbers the convolution trains, its bias included; for a block, how many taps
+            it has.
+        share: ``parameters`` as a share of the model's.
     """
 
     name: str
@@ -59,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: ``rows``, which ``str`` puts in a table."""
+    """The result of `report`: ``rows``, which ``str`` formats as a table."""
 
     rows: tuple[Row, ...]
 
@@ -89,24 +94,30 @@ class Report:
 def report(
     model: nn.Module, example_inputs: Any, *, blocks: Mapping[str, Iterable[Block]] | None = None
 ) -> Report:
-    r"""The singular values of each convolution of a model, on the images that it is fed.
+    """Measure the singular values of each convolution of a model, on the images that it is fed.
 
-    The model is run once, as `retrofit` runs it. With zero padding, the operator is the part that acts on
-    the image of one on a larger torus, and the values are of that one: the exact ones of the part
-    are bounded by its largest, and take a dense matrix (`singular_values`).
+    The model is run once, as `retrofit` runs it.
+
+    **With zero padding** a row shows the operator on a larger torus, on which the image lies between zeros.
+    This is not the module's own operator, which is only a part of it. No singular value of the module's own
+    operator is larger than the largest one of the row. `singular_values` and `orthogonality_defect` measure
+    the module's own operator exactly; they take a dense matrix.
 
     Args:
         model: any module.
-        example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keywords.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword
+            arguments.
         blocks: as of `retrofit`: blocks of a weight that get rows of their own, besides those that are
             parametrized.
 
     Returns:
-        A `Report`, whose ``rows`` are numbers, and whose ``str`` is a table: for each convolution
-        its geometry, domain, smallest and largest singular value, defect, whether it is parametrized (or
-        blocks of it), ``t``, number of parameters. Values are nan ("?") where the operator is not
-        periodic for another reason (mirrored images, a forward of its own) and its dense matrix has more
-        than ``2^20`` entries. One that sees several sizes has a row for each.
+        A `Report`. Its ``rows`` are numbers, and its ``str`` is a table: for each convolution its geometry,
+        domain, smallest and largest singular value, defect, ``yes``, ``no`` or ``blocks`` for parametrized,
+        ``t``, and number of parameters. A convolution that sees several sizes has a row for each.
+
+        An operator that is not periodic for another reason than zeros (mirrored images, a forward of its
+        own) is measured by its dense matrix. Values are nan ("?") if that has more than ``2^20`` entries,
+        for blocks of such an operator, and where the example does not reach the convolution.
 
     Raises:
         TypeError, ValueError: if ``blocks`` are not as above, or a weight is not finite.
@@ -198,7 +209,7 @@ def _geometry(module: Any) -> str:
 
 
 def _free_taps(module: Any) -> Size:
-    """Return the taps that are trained."""
+    """Return the size of the taps that are trained."""
     operator = operator_of(module)
     return tuple(module.kernel_size) if operator is None else operator.geometry.taps
 
@@ -232,7 +243,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tensor | None, Size | None]:
-    """Singular values of a module, or of a block of its weight, and the torus on which they are."""
+    """Compute the singular values of a module, or of a block of its weight, and the torus of the operator.
+
+    With zero padding these are not of the module's own operator, but of that on the larger torus.
+
+    Returns:
+        The values, None if they are not known; and the torus, None if the size is not known.
+    """
     if size is None:
         return None, None
     acting = on_torus(module, size)

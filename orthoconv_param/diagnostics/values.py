@@ -1,4 +1,9 @@
-"""Singular values of convolutions: how they change the size of their input."""
+"""Singular values of convolutions: how they change the norm of their input.
+
+A kernel is measured as the operator that it is on periodic images. A module is measured as the operator
+that its own forward computes, zero padding included. `OnTorus` is the operator on a torus that a module is,
+or is a part of: `report` and the plots show that one.
+"""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -14,7 +19,7 @@ from ..torus.boundary import boundary_of
 from ..torus.geometry import CONVOLUTIONS
 from ..torus.lattice import Lattice, Placement
 
-_LARGEST_DENSE = 2**27  # entries: one gigabyte
+_LARGEST_DENSE = 2**27  # entries, one gigabyte in double precision
 
 
 def singular_values(
@@ -25,13 +30,16 @@ def singular_values(
     groups: int = 1,
     dilation: int | Size = 1,
 ) -> Tensor:
-    r"""All singular values of a convolution on images of a given size.
+    """Compute all singular values of a convolution on images of a given size.
 
-    Of a kernel: of the operator that it is on periodic images. Of a module: of the operator that the
-    module is, its bias aside. Exact: where the operator is periodic and keeps the size, it is block
-    diagonal in frequency, and computed in double precision from the kernel; a kernel larger than the
-    domain is folded onto it, which is what it does there. Any other module (with zero padding, or a
-    forward of its own) is applied to each unit image, and the dense matrix is decomposed.
+    For a kernel they are those of the operator that the kernel is on periodic images. For a module they are
+    those of its own forward, the bias aside: with zero padding, of that operator between zeros. They are
+    exact. (`report` shows a zero-padded module by the operator on a larger torus instead.)
+
+    An operator that is periodic and keeps the size is block diagonal in frequency. Its values are computed
+    in double precision from the kernel. A kernel larger than the domain is folded onto it, which is the
+    same operator there. Any other module (with zero padding, or a forward of its own) is applied to each
+    unit image, and its dense matrix is decomposed.
 
     Args:
         convolution: a kernel ``(out, in/groups, *taps)``, or ``(in, out/groups, *taps)`` of a transposed
@@ -39,13 +47,13 @@ def singular_values(
         domain: size of the images (of a transposed convolution: of its output), one for each axis or one
             for all.
         stride: of a kernel's convolution; a module has its own.
-        groups: likewise.
-        dilation: likewise.
+        groups: of a kernel's convolution.
+        dilation: of a kernel's convolution.
 
     Returns:
-        float64. Of a kernel or a periodic module, ``(groups, frequencies, min(out/groups, in/groups *
-        s^d))``, in descending order for each frequency; of a real kernel, the half of the frequencies
-        that ``rfftn`` keeps. Of any other module all of them, in descending order.
+        A float64 tensor. For a kernel or a periodic module: ``(groups, frequencies, min(out/groups,
+        in/groups * s^d))``, in descending order for each frequency; for a real kernel, the half of the
+        frequencies that ``rfftn`` keeps. For any other module: all values, in descending order.
 
     Raises:
         TypeError, ValueError: for arguments that do not describe a convolution, or are not finite; for a
@@ -78,7 +86,13 @@ def orthogonality_defect(
     groups: int = 1,
     dilation: int | Size = 1,
 ) -> float:
-    r"""How far a convolution is from orthogonal: ``max |singular value - 1|`` on images of a given size.
+    """Compute how far a convolution is from orthogonal, on images of a given size.
+
+        orthogonality_defect = max |singular value - 1|
+
+    As in `singular_values`, a module's own forward is measured, zero padding included. A module that was
+    made `orthogonal` with zero padding is a part of an orthogonal operator, and loses what leaves the
+    image. So in general its defect is not 0.
 
     Args:
         convolution: a kernel or a module, as in `singular_values`.
@@ -118,10 +132,10 @@ def _of_module(module: Any, domain: int | Size) -> Tensor:
 
 
 def check_convolution(module: Any) -> None:
-    """Raise unless a module is a convolution.
+    """Raise if a module is no convolution.
 
     Raises:
-        TypeError: then.
+        TypeError: if it is none.
     """
     if not isinstance(module, CONVOLUTIONS):
         raise TypeError(
@@ -131,13 +145,14 @@ def check_convolution(module: Any) -> None:
 
 
 class OnTorus(NamedTuple):
-    """Where and how a kernel acts on a torus.
+    """The operator that a kernel is on a torus.
 
     Args:
         kernel: the kernel.
         lattice: the torus.
         placement: of the kernel's taps.
-        is_whole: whether the images fill the torus, so that the operator there is what the module does.
+        is_whole: True if the images fill the torus: then this is the module's own operator. False if they
+            lie between zeros there: then the module's own operator is a part of this one.
     """
 
     kernel: Tensor
@@ -146,14 +161,18 @@ class OnTorus(NamedTuple):
     is_whole: bool
 
     def spectrum(self) -> Tensor:
-        """Compute its matrices in double precision."""
+        """Compute the operator's matrices in double precision.
+
+        Raises:
+            ValueError: if the kernel is not finite.
+        """
         check_finite("convolution", self.kernel)
         double = torch.complex128 if self.kernel.is_complex() else torch.float64
         with torch.no_grad():
             return self.lattice.spectrum(self.kernel.detach().to(double), self.placement)
 
     def singular_values(self) -> Tensor:
-        """Compute the singular values of its matrices, ``(groups, frequencies, rank)``."""
+        """Compute the singular values of the operator's matrices, ``(groups, frequencies, rank)``."""
         return torch.linalg.svdvals(self.spectrum())
 
 
@@ -164,10 +183,10 @@ def kernel_on_torus(
     groups: int = 1,
     dilation: int | Size = 1,
 ) -> OnTorus:
-    """Return how a kernel acts on periodic images, centred.
+    """Return the operator that a kernel is on periodic images, with its taps centred.
 
     Raises:
-        TypeError, ValueError: if these do not describe a convolution.
+        TypeError, ValueError: if the arguments do not describe a convolution.
     """
     check_dtype("convolution", kernel)
     axes = kernel.ndim - 2
@@ -179,9 +198,15 @@ def kernel_on_torus(
 
 
 def on_torus(convolution: Tensor | nn.Module, domain: Size) -> OnTorus | None:
-    """Return how a module acts on the torus of images of a domain: between zeros, if it pads by them.
+    """Return the operator on a torus that a module is, or is a part of, for images on a domain.
 
-    None if it does otherwise: if its padding mirrors, does not keep the size, or its forward is its own.
+    A periodic module is the operator on the torus of the domain. A module that pads by zeros is a part of
+    the operator on a larger torus, where the images lie between zeros.
+
+    Returns:
+        The operator. None if there is none: if the padding mirrors or repeats the image's edge, or does not
+        keep the size; if the stride does not divide the domain; or if the module has hooks or a forward of
+        its own.
 
     Raises:
         ValueError: if a module of this package does not take the domain.
@@ -202,13 +227,13 @@ def on_torus(convolution: Tensor | nn.Module, domain: Size) -> OnTorus | None:
     kernel = module.weight.detach()
     torus = boundary.torus(domain, geometry.placement.extent(geometry.taps), geometry.stride)
     if operator is not None and operator.action.domain is not None and not boundary.is_periodic:
-        torus = geometry.taps  # its kernel is what it is on that torus
+        torus = geometry.taps  # its kernel has one tap for each point of that torus
     return OnTorus(kernel, geometry.lattice(torus), geometry.placement, boundary.is_periodic)
 
 
 @torch.no_grad()
 def of_dense(module: Any, domain: Size) -> Tensor:
-    """Compute the singular values of a module's dense matrix, by its own forward.
+    """Compute the singular values of the dense matrix of a module's own forward, zero padding included.
 
     Raises:
         ValueError: if the matrix has more than ``2^27`` entries, or is not finite.

@@ -19,7 +19,7 @@ _NARROW = 8  # times as many rows as columns, from which torch's exponential of 
 def expm_skew(A: Tensor) -> Tensor:
     r"""Return the exponential of skew-symmetric or skew-Hermitian matrices, with its analytic derivative.
 
-    .. math:: Q = \exp\big(\tfrac12 (A - A^H)\big), \qquad Q^H Q = I.
+        Q = exp((A - A^H) / 2),    Q^H Q = I
 
     Only the skew part of ``A`` is read, so that ``A`` may be any free matrix. First and second
     derivatives, forward mode and ``vmap`` work, at repeated eigenvalues and at zero as anywhere. The result

@@ -159,6 +159,7 @@ class ConvExponential(Registered):
         self.has_base = domain != "any" if base is None else base
         self.compact: Degree | None = None  # of the weight with domain="any", once its norm is known
         self._reader = runtime.LateReader()
+        self._issued = runtime.LastIssued()
         # The base's spectrum as real numbers, (groups, frequencies, 2 m^2): `Module.to` drops the imaginary
         # part of complex buffers, and gives those of 4 or 5 axes a memory format.
         self.register_buffer("base", None)
@@ -232,7 +233,10 @@ class ConvExponential(Registered):
             RuntimeError: if the generator is a part of one, as FSDP keeps it outside of forward.
         """
         lattice, Q = self.spectrum(X)
-        return lattice.kernel(Q).to(X.dtype).contiguous()
+        W = lattice.kernel(Q).to(X.dtype).contiguous()
+        if self.domain == "any":
+            self._issued.note(W)
+        return W
 
     @runtime.in_full_precision
     def spectrum(
@@ -403,6 +407,8 @@ class ConvExponential(Registered):
                 ': with domain="any" it is a generator, not the compact kernel, and there is no base for '
                 "`update_base` to move"
             )
+            if self._issued.is_seen_in(W):  # sizes alone do not tell, as of a single tap
+                raise ValueError(f"the weight should not be what was read from it{note}. Found that")
         else:
             allowed.add((*size[:2], *lattice.domain))
         if tuple(W.shape) not in allowed:

@@ -1,13 +1,13 @@
 r"""Circular convolution through the Fourier transform, with its derivatives.
 
 With ``x^(v)`` the transform of an image's polyphase components, a convolution on a torus is one product
-``y^(v) = M(v) x^(v)`` for each coarse frequency, and its adjoint ``x^(v) = M(v)^H y^(v)``. Three maps are
-all there is to its derivatives of every order, since they are the partial derivatives of one trilinear form
+``y^(v) = M(v) x^(v)`` for each coarse frequency, and its adjoint ``x^(v) = M(v)^H y^(v)``. Derivatives of
+every order are made of three maps, which are the partial derivatives of one trilinear form
 ``t(y, x, M) = <y, M x>``:
 
     apply(x, M) = dt/dy,      adjoint(y, M) = dt/dx,      outer(y, x) = dt/dM,  y^ x^^H at each frequency.
 
-So the gradient of any of them is made of the other two.
+So the gradient of each is made of the other two.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from .. import runtime
 from ..matrices.derivatives import align
 from .lattice import Lattice
 
-# Transforms are made in pieces of a batch: what one step writes the next reads from the cache, and its
-# memory is used again. Of at least 16 images: once transposed, neighbours then fill two cache lines.
+# A batch is transformed in pieces. Each step then reads from the cache what the step before wrote, and
+# memory is used again. A piece has at least 16 images: once transposed, neighbours fill two cache lines.
 _PIECE_BYTES = 2**22
 _PIECE_IMAGES = 16
 
@@ -35,10 +35,10 @@ def spectral_conv(x: Tensor, spectrum: Tensor, lattice: Lattice, transposed: boo
         x: ``(batch, in, *domain)``; of the transpose, ``(batch, out, *grid)``. Real or complex, as the
             lattice is, in single or double precision.
         spectrum: ``(groups, frequencies, out/groups, in/groups * s^d)``, complex: `Lattice.spectrum`.
-        lattice: of the spectrum; its domain is that of the images. Without a stride images may be smaller:
+        lattice: of the spectrum; its domain is that of the images. Without a stride, images may be smaller:
             they are continued by zeros, and the result is cut to their size.
-        transposed: whether to apply the transpose of the operator instead, as ``conv_transpose`` does: of
-            a real one its adjoint, of a complex one the conjugate of that.
+        transposed: True to apply the transpose of the operator instead, as ``conv_transpose`` does. Of a
+            real operator it is the adjoint; of a complex one, the conjugate of the adjoint.
 
     Returns:
         ``(batch, out, *grid)``, or of the transpose ``(batch, in, *domain)``. First and second
@@ -48,7 +48,10 @@ def spectral_conv(x: Tensor, spectrum: Tensor, lattice: Lattice, transposed: boo
 
 
 def of_transpose(adjoint_or_not: Callable[[Tensor], Tensor], x: Tensor, transposed: bool) -> Tensor:
-    """Make of the adjoint, which is what is computed, the transpose: of complex images its conjugate."""
+    """Apply a function to images. If it computes an adjoint (``transposed``), apply the transpose instead.
+
+    For real images both are the same. For complex ones ``M^T x`` is the conjugate of ``M^H conj(x)``.
+    """
     if transposed and x.is_complex():
         # not by `conj`, whose views neither forward mode within `vmap` nor operators take
         y = adjoint_or_not(torch.complex(x.real, -x.imag))
@@ -57,18 +60,19 @@ def of_transpose(adjoint_or_not: Callable[[Tensor], Tensor], x: Tensor, transpos
 
 
 def _convolve(x: Tensor, spectrum: Tensor, lattice: Lattice, adjoint: bool) -> Tensor:
-    # Unlike in Note [operator and Function], what is compiled or exported is made of torch's own
-    # operators, which torch differentiates; and so is what nobody differentiates, to save their overhead.
+    # Under compilation or export torch's own operators are used, and torch differentiates them. (This is
+    # unlike in Note [operator and Function].) Calls that nobody differentiates use them too: that saves
+    # the overhead of a Function.
     if runtime.is_compiling() or runtime.is_plain(x):
         return apply(x, spectrum, lattice, adjoint)[0]
     return Apply.apply(x, spectrum, lattice, adjoint)[0]
 
 
 def to_frequencies(x: Tensor, lattice: Lattice, fine: bool) -> Tensor:
-    """Transform images to ``(groups, frequencies, channels/groups, batch)``, from the domain or the grid.
+    """Transform images to ``(groups, frequencies, channels/groups, batch)``.
 
-    Smaller ones are continued by zeros. Batch last: the products with ``M``, with ``M^H`` and of two
-    transforms all are then calls to BLAS.
+    They are images on the domain if ``fine``, else on the grid. Smaller ones are continued by zeros. The
+    batch comes last: the products with ``M``, with ``M^H`` and of two transforms are then calls to BLAS.
     """
 
     def piece(x: Tensor) -> Tensor:
@@ -89,15 +93,15 @@ def _forward(x: Tensor, lattice: Lattice) -> Tensor:
     if tuple(x.shape[2:]) == lattice.grid:
         return torch.fft.rfftn(x, dim=axes, norm="ortho")
     x = torch.fft.rfft(x, n=lattice.grid[-1], norm="ortho")
-    for axis in axes[:-1]:  # so that the zeros of other axes are not transformed along the last
+    for axis in axes[:-1]:  # one by one: the zeros of other axes are not transformed along the last
         x = torch.fft.fft(x, n=lattice.grid[axis - 2], dim=axis, norm="ortho")
     return x
 
 
 def from_frequencies(transform: Tensor, lattice: Lattice, fine: bool, like: Tensor) -> Tensor:
-    """Return images from `to_frequencies`, of the dtype, memory format and size of others.
+    """Transform images back from `to_frequencies`, to the dtype, memory format and size of ``like``.
 
-    (With a stride, where sizes differ, it is that of the torus.)
+    (With a stride, images before and after the operator differ in size. The result then fills the torus.)
     """
     axes = tuple(range(2, len(lattice.grid) + 2))
     size = lattice.domain if fine else lattice.grid
@@ -135,7 +139,7 @@ def _in_pieces(
     dtype: torch.dtype,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Apply a function to pieces of a batch, given the batch axes of its argument and of its result."""
+    """Apply a function to a batch piece by piece, given the batch axes of its argument and its result."""
     batch = size = x.shape[axis]
     if runtime.may_wait(x.device) and not runtime.is_compiling():
         each = max(1, dtype.itemsize * prod(shape) // max(batch, 1))
@@ -150,14 +154,14 @@ def _in_pieces(
 
 
 def _product(M: Tensor, x: Tensor, adjoint: bool) -> Tensor:
-    """Return ``M x``, or ``M^H x``; for one inner channel, as of depthwise ones, without BLAS."""
-    if adjoint:  # the conjugate of M^T conj(x): M is the larger, and is read as it lies in memory
+    """Return ``M x``, or ``M^H x``; without BLAS for one inner channel, as depthwise convolutions have."""
+    if adjoint:  # as the conjugate of M^T conj(x), which reads M, the larger, as it lies in memory
         return _product(M.mT, x.conj().resolve_conj(), False).conj().resolve_conj()
     return M * x if M.shape[-1] == 1 else M @ x
 
 
 def apply(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
-    """Return ``M x`` or ``M^H x``, and the transform of ``x``."""
+    """Return ``M x``, or for ``adjoint`` ``M^H x``, and the transform of ``x``."""
     transform = to_frequencies(x, lattice, fine=not adjoint)
     return from_frequencies(_product(M, transform, adjoint), lattice, adjoint, x), transform
 
@@ -165,7 +169,7 @@ def apply(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor
 def outer(
     y: Tensor, x: Tensor, y_transform: Tensor | None, x_transform: Tensor | None, lattice: Lattice
 ) -> Tensor:
-    """Return the gradient at the spectrum; transforms that are known already may be given."""
+    """Return the gradient at the spectrum, ``y^ x^^H``; transforms that are known already may be given."""
     if y_transform is None:
         y_transform = to_frequencies(y, lattice, fine=False)
     if x_transform is None:
@@ -175,7 +179,7 @@ def outer(
 
 
 def weighted(G: Tensor, lattice: Lattice) -> Tensor:
-    """Return the gradient at the spectrum that products ``(groups * frequencies, out, in)`` make."""
+    """Turn products ``(groups * frequencies, out, in)`` into the gradient at the spectrum, in place."""
     G = G.unflatten(0, (lattice.groups, -1))
     if not lattice.is_complex:
         # The inverse transform of a half-spectrum reads every frequency twice but those on its edges.
@@ -184,7 +188,8 @@ def weighted(G: Tensor, lattice: Lattice) -> Tensor:
     return G
 
 
-# As operators, which what cannot look into them (a fallback for batches, a profiler) takes as a whole.
+# The same as registered operators. Code that cannot look into them (a fallback for batches, a profiler)
+# takes each as a whole.
 
 
 def _apply_fields(
@@ -206,7 +211,7 @@ def _outer_fields(
     return outer(y, x, y_transform, x_transform, lattice)
 
 
-# (The schemas are spelt out because torch infers them from other annotations in each of its versions.)
+# (The schemas are spelt out because torch's versions infer them from different annotations.)
 _GRID = "SymInt[] domain, SymInt[] stride, SymInt groups"
 _OPERATORS: dict[str, tuple[Callable[..., Any], str]] = {
     "spectral_conv": (_apply_fields, f"(Tensor x, Tensor M, {_GRID}, bool adjoint) -> (Tensor, Tensor)"),
@@ -219,11 +224,11 @@ for _name, (_function, _schema) in _OPERATORS.items():
     _operator = torch.library.custom_op(
         f"orthoconv_param::{_name}", _function, mutates_args=(), schema=_schema
     )
-    _operator.register_fake(_function)  # plain torch: what it does says what it returns
+    _operator.register_fake(_function)  # made of torch's operators, it tells sizes of results too
 
 
 class Apply(torch.autograd.Function):
-    """Computes ``apply(x, M)``, or ``adjoint(x, M)``; and the transform of ``x``, to be used again."""
+    """Computes ``M x``, or for ``adjoint`` ``M^H x``; and the transform of ``x``, to be used again."""
 
     @staticmethod
     def forward(x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> tuple[Tensor, Tensor]:
@@ -264,7 +269,7 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, M: Tensor, lattice: Lattice, adjoint: bool) -> Any:
-        # mapped images are a larger batch; with mapped spectra they are more groups
+        # mapped images make a larger batch; if spectra are mapped too, they make more groups
         if in_dims[1] is None:
             x = x.movedim(in_dims[0], 0)
             y, transform = Apply.apply(x.flatten(0, 1), M, lattice, adjoint)

@@ -1,4 +1,4 @@
-"""Discrete Fourier transforms along one axis, and which frequencies pair up."""
+"""Discrete Fourier transforms along one axis, and the pairs of frequencies ``+w, -w``."""
 
 from functools import lru_cache
 from math import pi, prod
@@ -9,17 +9,22 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 
-_MATRIX_TAPS = 64  # up to which a transform is made by a matrix rather than fast
+_MATRIX_TAPS = 64  # the most that are transformed by a matrix; more by the fast transform
 
 
 def half(grid: Size) -> Size:
-    """Size of the half-spectrum that ``rfftn`` keeps on a ``grid``."""
+    """Return the size of the half-spectrum that ``rfftn`` keeps on a ``grid``."""
     return (*grid[:-1], grid[-1] // 2 + 1)
 
 
 @lru_cache(maxsize=64)
 def mirror(grid: Size) -> tuple[list[int], list[int], list[int]]:
-    """Within the half-spectrum: frequencies equal to their own negative, and pairs ``+w, -w``."""
+    """Return which frequencies of the half-spectrum are negatives of themselves or of each other.
+
+    Returns:
+        The indices of the frequencies that are their own negatives; those of one of each pair ``+w, -w``;
+        and those of the other.
+    """
     stored = half(grid)
     index = torch.cartesian_prod(*(torch.arange(n) for n in stored)).reshape(-1, len(grid))
     negative = (-index) % torch.tensor(grid)
@@ -33,19 +38,30 @@ def mirror(grid: Size) -> tuple[list[int], list[int], list[int]]:
     return own.tolist(), first.tolist(), position[first].tolist()
 
 
+# Transforms along one axis of ``(*axes, channels)``. With few taps they are products with a matrix, which
+# writes the frequencies where they belong. A fast transform would need zeros between the taps.
+
+
 def analyse(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> Tensor:
-    """``sum_t exp(2 pi i u e_t / n) x[t]`` at all ``u``, or if ``x`` is real at half of them."""
+    """Return ``sum_t exp(2 pi i u e_t / n) x[t]`` for taps ``x[t]`` at ``positions`` ``e_t``.
+
+    Returns:
+        The sums at all ``u``, or if ``folded``, for real ``x``, at half of them.
+    """
     if len(positions) <= _MATRIX_TAPS:
         E = _exponentials(n, positions, folded, torch.promote_types(x.dtype, torch.complex64), x.device)
         return _product_along(E, x.to(E.dtype), axis)
-    # The fast transform of a real signal has the other sign: it is given the signal in reverse.
+    # The fast transform of a real signal has the other sign. So it is given the signal in reverse.
     index = torch.tensor([(-e if folded else e) % n for e in positions], device=x.device)
     torus = x.new_zeros(*x.shape[:axis], n, *x.shape[axis + 1 :]).index_add(axis, index, x)
     return torch.fft.rfft(torus, dim=axis) if folded else torch.fft.ifft(torus, dim=axis, norm="forward")
 
 
 def synthesise(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> Tensor:
-    """The inverse: the taps at ``positions``, real ones if half of the frequencies are given."""
+    """Return the taps at ``positions``, the inverse of `analyse`.
+
+    If ``folded``, half of the frequencies are given, and the taps are real.
+    """
     if len(positions) <= _MATRIX_TAPS:
         E = _exponentials(n, range(-positions.start, -positions.stop, -1), folded, x.dtype, x.device)
         weights = torch.full((len(E),), 1 / n, dtype=x.real.dtype, device=x.device)
@@ -60,7 +76,7 @@ def synthesise(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> 
 
 def _product_along(E: Tensor, x: Tensor, axis: int) -> Tensor:
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    # along the first axis one product; elsewhere one for each index of the axes before
+    # one product along the first axis; along another, one for each index of the axes before it
     flat = x.reshape(prod(before), x.shape[axis], prod(after)) if axis else x.flatten(1)
     return (E @ flat).reshape(*before, len(E), *after)
 
@@ -68,7 +84,7 @@ def _product_along(E: Tensor, x: Tensor, axis: int) -> Tensor:
 def _exponentials(
     n: int, positions: range, folded: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``exp(2 pi i u e_t / n)``, one row for each ``u``; kept where tensors are nothing but that."""
+    """Return ``exp(2 pi i u e_t / n)``, one row for each ``u``; kept for later calls where that is safe."""
     make = _kept_exponentials if runtime.may_keep(device) else _new_exponentials
     return make(n, positions, folded, dtype, device)
 

@@ -5,9 +5,9 @@ PyTorch's convolution is a cross-correlation: with a kernel ``w`` of ``k`` taps 
 
     y[o, q] = sum_{i, d} w[o, i, d] x[i, s q + d - c].
 
-Split into its ``s^d`` polyphase components ``x_r[q] = x[s q + r]``, the input of a strided
-convolution sees a convolution of stride 1 on the coarse grid ``n / s``. So on a torus every
-convolution is block diagonal in frequency, with one ``out x (in * s^d)`` matrix per coarse frequency
+Split the input into its ``s^d`` polyphase components ``x_r[q] = x[s q + r]``. On these a strided
+convolution is one of stride 1, on the coarse grid ``n / s``. So on a torus every convolution is block
+diagonal in frequency, with one ``out x (in * s^d)`` matrix for each coarse frequency
 
     M(v)[o, (i, r)] = sum_e w[o, i, c + s e + r] exp(2 pi i v.e s / n),
 
@@ -31,17 +31,17 @@ Chosen = TypeVar("Chosen", Tensor, tuple[Tensor, ...])
 
 
 def centre(taps: int) -> int:
-    """Index of the tap that multiplies the output's own position, for "same" padding."""
+    """Return the index of the tap that multiplies the output's own position, for "same" padding."""
     return (taps - 1) // 2
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a kernel's taps stand: tap ``d`` multiplies the sample ``dilation * d - origin`` away.
+    """The positions of a kernel's taps: tap ``d`` multiplies the sample ``dilation * d - origin`` away.
 
     Args:
         dilation: of the kernel.
-        origin: how far before the output's position the first tap stands: the padding on that side.
+        origin: how far the first tap stands before the output's position: the padding on that side.
     """
 
     dilation: Size
@@ -49,31 +49,31 @@ class Placement:
 
     @classmethod
     def centred(cls, taps: Size, dilation: Size | None = None) -> "Placement":
-        """The centre tap at the output's own position."""
+        """Return the placement that has the centre tap at the output's own position."""
         dilation = dilation or (1,) * len(taps)
         return cls(dilation, tuple(r * centre(k) for k, r in zip(taps, dilation, strict=True)))
 
     def dilated(self, factors: Size) -> "Placement":
-        """The taps further apart by these factors."""
+        """Return the placement of the taps further apart, by these factors."""
         scaled = (
             tuple(a * r for a, r in zip(x, factors, strict=True)) for x in (self.dilation, self.origin)
         )
         return Placement(*scaled)
 
     def extent(self, taps: Size) -> Size:
-        """How many samples a kernel spans, from its first tap to its last."""
+        """Return how many samples a kernel spans, from its first tap to its last."""
         return tuple(r * (k - 1) + 1 for k, r in zip(taps, self.dilation, strict=True))
 
     def after(self, taps: Size) -> Size:
-        """How far after the output's position the last tap stands: the padding on that side."""
+        """Return how far the last tap stands after the output's position: the padding on that side."""
         return tuple(n - 1 - o for n, o in zip(self.extent(taps), self.origin, strict=True))
 
     def reversed(self, taps: Size) -> "Placement":
-        """Of the kernel with its taps in reverse order, which stand on the other side of the origin."""
+        """Return the placement of the taps in reverse order, on the other side of the origin."""
         return Placement(self.dilation, self.after(taps))
 
     def reach(self, taps: Size, stride: Size) -> Size:
-        """How far from its centre a kernel goes, in coarse points: the larger of the two sides."""
+        """Return how far from its centre a kernel goes, in coarse points: the larger of the two sides."""
         sides = zip(self.origin, self.after(taps), stride, strict=True)
         return tuple(max(ceil(before / s), after // s) for before, after, s in sides)
 
@@ -86,8 +86,8 @@ class Lattice:
         domain: size of the (fine) grid, in samples.
         stride: of the convolution; divides ``domain``.
         groups: of the convolution; divides both of its channel counts.
-        is_complex: whether kernels are complex.
-        compact: whether the torus only serves to compute the kernel of an infinite grid. It then
+        is_complex: True if kernels are complex.
+        compact: True if the torus only serves to compute the kernel of an infinite grid. It then
             has an odd number of coarse points, and kernels are read from it without wrapping.
 
     Its ``grid`` is the size of the coarse grid, on which the polyphase components live.
@@ -115,16 +115,16 @@ class Lattice:
         dilation: Size | None = None,
         folds: bool = False,
     ) -> "Lattice":
-        """The torus for kernels of ``size = (out, in/groups, *taps)``; checks that they fit.
+        """Return the torus for kernels of ``size = (out, in/groups, *taps)``, if they fit.
 
         Args:
             size: of the kernel.
-            is_complex: whether it is complex.
-            domain: as many numbers as the kernel has axes, or one for all; None: its own taps.
-            stride: likewise.
+            is_complex: True if the kernel is complex.
+            domain: one number for each of the kernel's axes of space, or one for all. None: its own taps.
+            stride: of the convolution: one number for each of these axes, or one for all.
             groups: of the convolution.
-            dilation: of the kernel.
-            folds: whether a kernel larger than the domain is folded onto it, rather than refused.
+            dilation: of the kernel. None: 1.
+            folds: True to fold a kernel larger than the domain onto it; False to refuse it.
 
         Raises:
             ValueError: if the kernel has no taps, does not fit into the domain, the stride
@@ -153,16 +153,17 @@ class Lattice:
 
     @classmethod
     def of_degree(cls, degree: int, reach: Size, stride: Size, groups: int, is_complex: bool) -> "Lattice":
-        """The smallest torus that holds a polynomial of ``degree`` in a kernel and its adjoint."""
+        """Return the smallest torus that holds a polynomial of ``degree`` in a kernel and its adjoint."""
         domain = tuple(s * (2 * degree * r + 1) for s, r in zip(stride, reach, strict=True))
         return cls(domain, stride, groups, is_complex, compact=True)
 
     @property
     def taps(self) -> Size:
-        """Taps of the kernels that `kernel` returns: one for each point of the domain.
+        """Return the number of taps, on each axis, of the kernels that `kernel` returns.
 
-        A `compact` lattice has ``s - 1`` empty ones before them where the stride is ``s``: the
-        kernel then has an odd number of taps, its origin in the middle, as padding of ``K // 2`` expects.
+        There is one for each point of the domain. A `compact` lattice of stride ``s`` has ``s - 1`` empty
+        ones before them. The number of taps is then odd, and the origin is in the middle, as padding of
+        ``K // 2`` expects.
         """
         extra = (s - 1 if self.compact else 0 for s in self.stride)
         return tuple(n + e for n, e in zip(self.domain, extra, strict=True))
@@ -170,22 +171,23 @@ class Lattice:
     def fills(self, domain: Size) -> bool:
         """Return True if this is the torus of images on a domain, or one that holds them.
 
-        It is not if it only serves to compute a compact kernel, or one of a single tap: one coarse point.
+        A torus that only serves to compute a compact kernel is not, nor is the single coarse point of a
+        kernel of one tap.
         """
         return not self.compact and all(n >= m for n, m in zip(self.domain, domain, strict=True))
 
     @property
     def stored(self) -> Size:
-        """Size of the part of the Fourier grid that a spectrum holds."""
+        """Return the size of the part of the Fourier grid that a spectrum holds."""
         return self.grid if self.is_complex else half(self.grid)
 
     @property
     def frequencies(self) -> int:
-        """How many frequencies a spectrum holds."""
+        """Return how many frequencies a spectrum holds."""
         return prod(self.stored)
 
     def wavenumbers(self) -> Tensor:
-        """The frequencies themselves, ``(frequencies, d)``, in cycles per point of the domain."""
+        """Return the frequencies themselves, ``(frequencies, d)``, in cycles per point of the domain."""
         last = torch.fft.fftfreq if self.is_complex else torch.fft.rfftfreq
         transforms = [torch.fft.fftfreq] * (len(self.grid) - 1) + [last]
         axes = zip(transforms, self.grid, self.stride, strict=True)
@@ -193,11 +195,14 @@ class Lattice:
         return torch.stack(torch.meshgrid(*each, indexing="ij"), -1).flatten(0, -2)
 
     def blocks(self, kernel_size: Size) -> Size:
-        """``(out/groups, in/groups * s^d)``: the size of a kernel's matrix at each frequency."""
+        """Return the size of a kernel's matrix at each frequency, ``(out/groups, in/groups * s^d)``."""
         return kernel_size[0] // self.groups, kernel_size[1] * prod(self.stride)
 
     def phases(self, x: Tensor) -> Tensor:
-        """The polyphase components ``(batch, channels * s^d, *grid)`` of ``(batch, channels, *domain)``."""
+        """Split images ``(batch, channels, *domain)`` into phases ``(batch, channels * s^d, *grid)``.
+
+        These are the polyphase components: phase ``r`` has the samples ``s q + r``.
+        """
         d = len(self.domain)
         if all(s == 1 for s in self.stride):
             return x
@@ -207,7 +212,7 @@ class Lattice:
         return x.permute(0, 1, *phase, *coarse).flatten(1, d + 1)
 
     def interleave(self, phases: Tensor) -> Tensor:
-        """The inverse of `phases`."""
+        """Return the images that have these polyphase components: the inverse of `phases`."""
         d = len(self.domain)
         if all(s == 1 for s in self.stride):
             return phases
@@ -216,19 +221,19 @@ class Lattice:
         return phases.permute(0, 1, *order).reshape(*phases.shape[:2], *self.domain)
 
     def spectrum(self, kernel: Tensor, placement: Placement | None = None) -> Tensor:
-        """The operator's matrices, one per group and frequency.
+        """Return the operator's matrices, one for each group and frequency.
 
         Args:
-            kernel: ``(out, in/groups, *taps)``; with more taps than the domain has points it is
-                folded, taps summed modulo the size, which changes nothing of what it does there.
-            placement: where its taps stand. Default: centred.
+            kernel: ``(out, in/groups, *taps)``. If it has more taps than the domain has points, it is
+                folded: taps are summed modulo the size. On the domain that is the same operator.
+            placement: of its taps. Default: centred.
 
         Returns:
             ``(groups, frequencies, out/groups, in/groups * s^d)``, complex.
         """
         placement = placement or Placement.centred(tuple(kernel.shape[2:]))
         phases, positions = self._polyphase(kernel, placement)
-        # Channels last: the matrices then come out as they are, without a transposed copy of all of them.
+        # With the channels last the matrices need no transposed copy in the end.
         x = phases.flatten(0, 1).movedim(0, -1)
         for axis in reversed(range(len(self.grid))):
             folded = not self.is_complex and axis == len(self.grid) - 1
@@ -237,7 +242,7 @@ class Lattice:
         return x.reshape(self.frequencies, self.groups, height, columns).movedim(1, 0).contiguous()
 
     def _polyphase(self, kernel: Tensor, placement: Placement) -> tuple[Tensor, list[range]]:
-        """The kernel ``(out, in/groups * s^d, *taps)`` on the coarse grid, and where its taps are."""
+        """Return the kernel ``(out, in/groups * s^d, *taps)`` on the coarse grid, and its taps' places."""
         axes = list(zip(placement.dilation, placement.origin, self.stride, strict=True))
         if max(self.stride) == 1:
             sizes = zip(kernel.shape[2:], axes, strict=True)
@@ -253,7 +258,7 @@ class Lattice:
         return phases, [range(e, e + k) for e, k in zip(starts, phases.shape[2:], strict=True)]
 
     def kernel(self, spectrum: Tensor) -> Tensor:
-        """The inverse of `spectrum`: the kernel ``(out, in/groups, *taps)`` of these matrices.
+        """Return the kernel ``(out, in/groups, *taps)`` of these matrices: the inverse of `spectrum`.
 
         In memory its channels come last.
         """
@@ -273,17 +278,18 @@ class Lattice:
         return torch.roll(torus, shifts, axes) if max(shifts) else torus
 
     def choose(self, choice: Callable[..., Chosen], *spectra: Tensor) -> Chosen:
-        """``choice(*spectra)``, made once for each pair of frequencies ``+w, -w`` and conjugated.
+        """Return ``choice(*spectra)``, one tensor or several, so that it belongs to a real kernel.
 
-        Where a frequency is its own negative the arguments are real, and so is the choice, of one
-        tensor or of several. What is not unique (a null space, a random matrix) then still belongs to
-        a real kernel.
+        The choice is made once for each pair of frequencies ``+w, -w``: the value at ``-w`` is the
+        conjugate of that at ``w``. Where a frequency is its own negative, the function is given real
+        matrices, and returns real ones. This matters where the choice is not unique: a null space, or a
+        random matrix. (Complex kernels need none of it.)
         """
         if self.is_complex:
             return choice(*spectra)
         own, first, second = mirror(self.grid)
         real = choice(*(x[:, own].real for x in spectra))
-        chosen = choice(*spectra)  # which may overwrite them
+        chosen = choice(*spectra)  # may overwrite them
         pairs = [(chosen, real)] if isinstance(chosen, Tensor) else zip(chosen, real, strict=True)
         for x, of_own in pairs:
             for to, source in zip(second, first, strict=True):
@@ -292,7 +298,7 @@ class Lattice:
         return chosen
 
     def each(self, function: Callable[..., Tensor], *spectra: Tensor) -> Tensor:
-        """A function of matrices, given real ones at the frequencies that are their own negatives."""
+        """Apply a function to matrices: to real ones where a frequency is its own negative."""
         if self.is_complex:
             return function(*spectra)
         own = mirror(self.grid)[0]
@@ -305,17 +311,18 @@ class Lattice:
         return result
 
     def resolution(self, points: Size) -> "Lattice":
-        """The same convolutions on a torus of ``points`` coarse points."""
+        """Return the lattice of the same convolutions on a torus of ``points`` coarse points."""
         domain = tuple(s * n for s, n in zip(self.stride, points, strict=True))
         return Lattice(domain, self.stride, self.groups, self.is_complex)
 
 
 def sampling(reach: Size) -> tuple[Size, float]:
-    """A coarse grid that sees the norm of the spectrum of a kernel of ``reach`` at *all* frequencies.
+    """Return a coarse grid whose frequencies bound a spectrum's norm at *all* frequencies.
 
-    A real trigonometric polynomial of degree ``r`` is at most ``1 / cos(pi r / n)`` times its
-    maximum over ``n > 2 r`` equispaced points (near its maximum it lies above a cosine of
-    frequency ``r``: M. Riesz); ``u^H iA(w) u`` is one, for each vector ``u`` and each axis.
+    This holds for kernels of that ``reach``. A real trigonometric polynomial of degree ``r`` is at most
+    ``1 / cos(pi r / n)`` times its maximum over ``n > 2 r`` equispaced points. (Near its maximum it lies
+    above a cosine of frequency ``r``: M. Riesz.) ``u^H iA(w) u`` is such a polynomial, for each vector
+    ``u`` and along each axis.
 
     Returns:
         The grid, and the factor by which the maximum over its frequencies is to be multiplied.
@@ -325,10 +332,10 @@ def sampling(reach: Size) -> tuple[Size, float]:
 
 
 def pack(kernel: Tensor) -> Tensor:
-    """The kernel's Fourier coefficients on its own grid, as a tensor of its own shape and dtype.
+    """Return the kernel's Fourier coefficients on its own grid, as a tensor of its own shape and dtype.
 
-    Real kernels by the Hartley transform ``Re f - Im f``, complex ones by the unitary DFT: both
-    are orthonormal, so an optimizer sees the geometry that it saw in space.
+    Real kernels are transformed by the Hartley transform ``Re f - Im f``, complex ones by the unitary DFT.
+    Both are orthonormal, so an optimizer sees the same geometry as in space.
     """
     axes = tuple(range(2, kernel.ndim))
     torus = torch.roll(kernel, [-centre(k) for k in kernel.shape[2:]], axes)
@@ -355,12 +362,8 @@ def _hartley(x: Tensor) -> Tensor:
 
 
 def spread(kernel: Tensor, axis: int, dilation: int) -> Tensor:
-    """The kernel with zeros after each of its taps."""
+    """Return the kernel with ``dilation - 1`` zeros after each of its taps, along one axis."""
     if dilation == 1:
         return kernel
     after = (0, 0) * (kernel.ndim - axis - 1)  # for `pad`, which begins with the last axis
     return F.pad(kernel.unsqueeze(axis + 1), (*after, 0, dilation - 1)).flatten(axis, axis + 1)
-
-
-# Transforms along one axis of ``(*axes, channels)``. With few taps they are products with a matrix, which
-# writes the frequencies where they belong; a fast transform would have to be given zeros between the taps.

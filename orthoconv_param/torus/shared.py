@@ -1,4 +1,4 @@
-"""A spectrum that the steps of a loop share, and whose gradients are made together.
+"""A spectrum that the steps of a loop share; its gradients at all steps are made together.
 
 The gradient of a loop of ``T`` steps at its spectrum is a sum of ``T`` products ``y^ x^^H``, each as large
 as the spectrum. One product of all steps' factors side by side costs little more than one step's.
@@ -13,8 +13,8 @@ from .. import runtime
 from .circular import Apply, Outer, apply, of_transpose, spectral_conv, to_frequencies, weighted
 from .lattice import Lattice
 
-_GATHERED_FREQUENCIES = 16  # at once
-_GATHERED_IMAGES = 256  # whose gradients are one product
+_GATHERED_FREQUENCIES = 16  # at which products are made at once
+_GATHERED_IMAGES = 256  # that may wait: then their products are made
 
 
 class Shared:
@@ -25,8 +25,8 @@ class Shared:
     all of theirs: it makes the products.
 
     Args:
-        spectrum: as of `spectral_conv`.
-        lattice: likewise.
+        spectrum: as `spectral_conv` takes it.
+        lattice: of the spectrum.
     """
 
     def __init__(self, spectrum: Tensor, lattice: Lattice) -> None:
@@ -48,7 +48,7 @@ class Shared:
 class _Factors:
     """Holds transforms of images and of gradients until their products are made and summed up.
 
-    Each backward pass has its own: one may run within another.
+    Each backward pass has its own transforms and sum, because one pass may run within another.
     """
 
     def __init__(self, lattice: Lattice) -> None:
@@ -64,7 +64,7 @@ class _Factors:
             self.multiply(task)
 
     def multiply(self, task: int) -> None:
-        """Add the products to the sum."""
+        """Make the products of the transforms that wait, and add them to the sum of a backward pass."""
         waiting = self.waiting.pop(task, [])
         if not waiting:
             return
@@ -100,7 +100,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """Does what `Apply` does, with a shared spectrum."""
+    """Computes the same as `Apply`, with a shared spectrum."""
 
     @staticmethod
     def forward(
