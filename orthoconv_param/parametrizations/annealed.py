@@ -10,6 +10,7 @@ is the pretrained operator at ``t = 0`` and ``X = 0``, and orthogonal at ``t = 1
 the generator has few taps, and does not depend on how a singular value decomposition was chosen.)
 """
 
+from math import nan
 from typing import Any, ClassVar
 
 import torch
@@ -43,8 +44,10 @@ class Annealed(ConvExponential):
 
     @property
     def progress(self) -> float:
-        """Return ``t``, and 1 once annealing has ended."""
-        return 1.0 if self.t is None else float(self.t)
+        """Return ``t``; 1 once annealing has ended, and nan on the meta device, where it has no value."""
+        if self.t is None:
+            return 1.0
+        return nan if self.t.is_meta else float(self.t)
 
     def end(self) -> None:
         """Drop what is not needed once ``t`` is 1."""
