@@ -200,15 +200,15 @@ class Conversion:
         return install(self.module, parametrization, self.action)
 
 
-def geometry_of(module: Any, keeps_size: bool = True) -> Geometry:
+def geometry_of(module: Any) -> Geometry:
     """Return the geometry of a convolution with its present kernel.
 
     Raises:
-        ValueError: if its padding does not keep the size, and ``keeps_size``.
+        ValueError: if its padding does not keep the size.
     """
     operator = operator_of(module)
     if operator is None:
-        return Geometry.of(module, keeps_size=keeps_size)
+        return Geometry.of(module)
     taps = operator.weight.taps or tuple(operator.kernel().shape[2:])
     placement = Placement.centred(taps, operator.action.dilation)
     size = (*operator.geometry.size[:2], *taps)

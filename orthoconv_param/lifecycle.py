@@ -134,7 +134,7 @@ def steps(taps: Size, action: Action) -> tuple[list[int], ...]:
 
 @torch.fx.wrap
 def convolve_removed(
-    input: Tensor,  # noqa: A002, it is torch's name
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     action: Action,
@@ -166,13 +166,13 @@ class Removed(nn.Module):
         """Return what the module does, its bias aside."""
         return Operator(self.action, Fixed(self.weight))
 
-    def forward(self, input: Tensor, output_size: Optional[list[int]] = None) -> Tensor:  # noqa: A002, UP045, for TorchScript
+    def forward(self, input: Tensor, output_size: Optional[list[int]] = None) -> Tensor:  # noqa: UP045, TorchScript reads no other
         """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.scripted(input)
         return convolve_removed(input, self.weight, self.bias, self.action, output_size)
 
-    def scripted(self, input: Tensor) -> Tensor:  # noqa: A002, it is torch's name
+    def scripted(self, input: Tensor) -> Tensor:
         """Do the same directly, by operations that TorchScript knows."""
         before, after, start, stride, dilation, rest = self.steps
         axes = len(stride)

@@ -90,7 +90,7 @@ def own_class(base: Any) -> Any:
             stack.right_inverse(value)
             runtime.forget(stack)
 
-        def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002, it is torch's name
+        def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
             """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
             operator = self.operator
             y = convolve(operator, self.bias, input, output_size)

@@ -264,12 +264,13 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
     one that was computed under `torch.inference_mode`.
 
     Args:
-        owner: whose result it is; it outlives the block, or ``of`` tells its successors apart.
+        owner: whose result it is; it outlives the block, or ``of`` tells its successors apart. Nothing is
+            kept for None.
         key: which of its results.
         of: the tensors that it is computed from.
         compute: makes it.
     """
-    if not parametrize._cache_enabled:
+    if owner is None or not parametrize._cache_enabled:
         return compute()
     results = _results()
     if torch.is_grad_enabled() and any(x.requires_grad for x in of):
@@ -360,7 +361,7 @@ def leaves(tree: Any) -> list[Any]:
     return tree_leaves(tree)
 
 
-def leave_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def leave_class(module: Any, cls: type[nn.Module]) -> None:
     """Let a module be of a class once torch has taken away its parametrized one.
 
     Called while torch does so, after it has removed one of the parametrized tensors. Others may remain:
@@ -376,13 +377,9 @@ def leave_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
     module.__class__ = cls
     parametrize._inject_new_class(module)
-    type(module).__deepcopy__ = copied  # type: ignore[attr-defined]
-    inject_properties(module, parametrized_names(module))
-
-
-def parametrized_names(module: Any) -> list[str]:
-    """Return which tensors of a module are parametrized."""
-    return [*module.parametrizations]
+    own: Any = type(module)
+    own.__deepcopy__ = copied
+    inject_properties(module, module.parametrizations)
 
 
 def inject_properties(module: nn.Module, names: Iterable[str]) -> None:

@@ -58,6 +58,11 @@ def operator(module: torch.nn.Module, domain: tuple[int, ...]) -> Tensor:
         return (images - module(torch.zeros(1, module.in_channels, *size, dtype=dtype))).flatten(1).mT
 
 
+def fed(geometry, domain: tuple[int, ...]) -> tuple[int, ...]:
+    """The size of the images that a convolution takes for a fine grid."""
+    return geometry.coarse(domain) if geometry.transposed else domain
+
+
 def phases_first(channels: int, domain: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """The permutation of a strided convolution's input into (channel, phase, coarse position)."""
     index = torch.arange(channels * int(np.prod(domain))).reshape(channels, *domain)

@@ -6,14 +6,14 @@ parametrization, or stack of them, is an entry in `KINDS`.
 """
 
 import copy
-from functools import cache
+from functools import cache, partial
 from math import inf, prod
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import evaluated
-from oracles import dense, random
+from oracles import dense, fed, random
 from test_conversion import make
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -172,7 +172,7 @@ def fixture(kind, boundary, geometry, dtype=None):
 def images(subject, domain, batch=2, seed=0):
     geometry = subject.action.geometry
     dtype = next(subject.parameters()).dtype
-    return random(batch, geometry.taken, *geometry.images(domain), dtype=dtype, seed=seed)
+    return random(batch, geometry.taken, *fed(geometry, domain), dtype=dtype, seed=seed)
 
 
 def leaves(subject):
@@ -223,13 +223,13 @@ def exact(subject, domain, kernel=None):
 def pushed(function, subject, domain):
     """The matrix of a function of images: the identity pushed through it."""
     geometry = subject.action.geometry
-    size = geometry.images(domain)
+    size = fed(geometry, domain)
     columns = geometry.taken * prod(size)
     eye = torch.eye(columns, dtype=next(subject.parameters()).dtype)
     with torch.no_grad():
         y = function(eye.reshape(columns, -1, *size))
     out = geometry.domain(size) if geometry.transposed else geometry.coarse(domain)
-    assert y.shape == (columns, geometry.given, *out)
+    assert y.shape == (columns, subject.module.out_channels, *out)
     assert y.dtype == eye.dtype
     return y.flatten(1).mT
 
@@ -426,7 +426,7 @@ def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geo
         empty = evaluator.apply(state, x[:0])
         assert empty.shape == (0, *y.shape[1:])
         close(evaluator.apply(state, x[1:2]), y[1:2])
-        mapped = torch.vmap(lambda x: evaluator.apply(state, x))  # noqa: B023
+        mapped = torch.vmap(partial(evaluator.apply, state))
         close(mapped(torch.stack([x, x.flip(0)])), torch.stack([y, y.flip(0)]))
         parallel = x.transpose(0, 1).contiguous().transpose(0, 1)  # strides of its own
         close(evaluator.apply(state, parallel), y)

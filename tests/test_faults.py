@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from geotorch.utils import update_base
 from models import ConvLSTM, evaluated
+from oracles import fed
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -225,8 +226,8 @@ TOUCHES = [
 
 
 def some_of(names):
-    """Every fourth by default, the others where the exhaustive tests run."""
-    return [pytest.param(n, marks=() if i % 4 == 0 else pytest.mark.slow) for i, n in enumerate(names)]
+    """Every sixth by default, the others where the exhaustive tests run."""
+    return [pytest.param(n, marks=() if i % 6 == 0 else pytest.mark.slow) for i, n in enumerate(names)]
 
 
 @pytest.fixture(params=some_of(GEOMETRIES))
@@ -300,7 +301,7 @@ def test_it_is_made_orthogonal_and_removed_again(geometry, called):
         s * -(-max(n, k) // s) for n, k, s in zip(seen, module.weight.shape[2:], module.stride, strict=True)
     )
     orthogonal(module, domain=domain, boundary=boundary)
-    x = torch.randn(1, x.shape[1], *module.operator.geometry.images(domain))
+    x = torch.randn(1, x.shape[1], *fed(module.operator.geometry, domain))
     y = module(x)
     if boundary == "circular":
         singular = singular_values(module, domain)

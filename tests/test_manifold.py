@@ -184,7 +184,10 @@ def test_a_thousand_steps_in_single_precision_stay_on_it(optimizer, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.complex64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("size", "stride"), [((3, 3, 4, 4), 1), ((4, 2, 6), 1), ((2, 2, 6), 2)])
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((3, 3, 4, 4), 1), ((4, 2, 6), 1), pytest.param((2, 2, 6), 2, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("optimizer", ["RiemannianSGD", "RiemannianAdam"])
 def test_a_kernel_is_trained(optimizer, size, stride, dtype):
     """Towards a point that is not far; the closed form is known."""

@@ -139,7 +139,10 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("triv", ["expm", "cayley", geotorch.SO.trivializations["cayley"]])
+@pytest.mark.parametrize(
+    "triv",
+    ["expm", "cayley", pytest.param(geotorch.SO.trivializations["cayley"], marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_any_convolution_by_the_plain_torch_call(name, dtype, triv):

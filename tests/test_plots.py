@@ -101,7 +101,7 @@ def convolutions(axes):
             yield transposed(1, 1, taps, output_padding=rest, **options)
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("axes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_plot_spectrum_takes_what_keeps_the_size_and_nothing_else(axes, pyplot):
     domain, both = (6,) * axes, pyplot.subplots(1, 2)[1]
     outcomes = set()
@@ -295,7 +295,10 @@ def decades(axes):
         [[1e-7, 1e-3, 1e-2, 1.0], [1.0, 1.0, 0.0, 1.0]],
     ],
 )
-@pytest.mark.parametrize("given", ["new", "passed", "one after another"])
+@pytest.mark.parametrize(
+    "given",
+    ["new", *(pytest.param(way, marks=pytest.mark.slow) for way in ("passed", "one after another"))],
+)
 def test_plot_gradient_norms_spans_the_curves_and_a_decade_but_no_more(curves, given, pyplot):
     x = torch.ones(1, 4, 1, dtype=torch.float64)
     models = {f"curve {i}": Weighted(torch.tensor(c, dtype=torch.float64)) for i, c in enumerate(curves)}

@@ -92,7 +92,10 @@ def operators(model):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("3d", "ConvLSTM, whole") else n for n in MODELS],
+)
 def test_outputs_stay_and_at_1_operators_are_orthogonal(name, mode, dtype):
     model, x, options = make(name, dtype, mode)
     before = model(x)

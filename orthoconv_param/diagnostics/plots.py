@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import runtime
 from ..checks import Size, per_axis
-from ..convert import convolves, geometry_of
 from ..models import call, undisturbed
-from ..torus.geometry import torch_class
 from .values import OnTorus, check_convolution, kernel_on_torus, on_torus
 
 Axes: TypeAlias = Any  # matplotlib's, which is imported when it is used
@@ -209,24 +206,7 @@ def _acting(convolution: Tensor | nn.Module, domain: int | Size) -> OnTorus:
         return kernel_on_torus(convolution, domain)
     check_convolution(convolution)
     module: Any = convolution
-    size = per_axis("domain", domain, len(module.stride))
-    acting = on_torus(module, size)
-    if acting is not None:
-        return acting
-    if not convolves(module) or runtime.is_hooked(module):
-        base: Any = torch_class(module)
-        its_own = "hooks" if convolves(module) else "a forward"
-        raise ValueError(
-            f"convolution should compute what nn.{base.__name__} does, so that its weight "
-            f"has its spectrum. Found {type(module).__name__}, with {its_own} of its own"
-        )
-    stride = geometry_of(module).stride  # raises if the padding does not keep the size
-    if any(n % s for n, s in zip(size, stride, strict=True)):
-        raise ValueError(f"domain should be divisible by the stride {stride}. Found {size}")
-    raise ValueError(
-        "convolution should be periodic, or between zeros, so that it has a spectrum. "
-        f"Found padding_mode={module.padding_mode!r}"
-    )
+    return on_torus(module, per_axis("domain", domain, len(module.stride)))
 
 
 def _tori(acting: Mapping[str, OnTorus]) -> list[str]:

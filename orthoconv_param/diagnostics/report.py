@@ -17,7 +17,7 @@ from ..parametrizations.blocks import Block, Blocks, resolve_blocks
 from ..parametrizations.exponential import ConvExponential
 from ..torus.geometry import torch_class
 from ..torus.lattice import Lattice
-from .values import of_dense, on_torus
+from .values import of_dense, on_torus_if_any
 
 _LARGEST_REPORTED = 2**20  # entries of a dense matrix, which take about a second
 
@@ -252,7 +252,7 @@ def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tens
     """
     if size is None:
         return None, None
-    acting = on_torus(module, size)
+    acting = on_torus_if_any(module, size)
     if acting is not None:
         if block is not None:
             kernel = acting.kernel[block]

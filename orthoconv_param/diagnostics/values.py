@@ -16,7 +16,7 @@ from ..checks import Size, check_dtype, check_finite, count, per_axis
 from ..convert import convolves, geometry_of
 from ..module import operator_of
 from ..torus.boundary import boundary_of
-from ..torus.geometry import CONVOLUTIONS
+from ..torus.geometry import CONVOLUTIONS, torch_class
 from ..torus.lattice import Lattice, Placement
 
 _LARGEST_DENSE = 2**27  # entries, one gigabyte in double precision
@@ -127,7 +127,7 @@ def _of_module(module: Any, domain: int | Size) -> Tensor:
     grid = per_axis("domain", domain, len(module.stride))
     if module.transposed and any(n % s for n, s in zip(grid, module.stride, strict=True)):
         raise ValueError(f"domain should be divisible by the stride {module.stride}. Found {grid}")
-    acting = on_torus(module, grid)
+    acting = on_torus_if_any(module, grid)
     return acting.singular_values() if acting is not None and acting.is_whole else of_dense(module, grid)
 
 
@@ -197,38 +197,56 @@ def kernel_on_torus(
     return OnTorus(kernel, lattice, placement, True)
 
 
-def on_torus(convolution: Tensor | nn.Module, domain: Size) -> OnTorus | None:
+def on_torus(module: Any, domain: Size) -> OnTorus:
     """Return the operator on a torus that a module is, or is a part of, for images on a domain.
 
     A periodic module is the operator on the torus of the domain. A module that pads by zeros is a part of
     the operator on a larger torus, where the images lie between zeros.
 
-    Returns:
-        The operator. None if there is none: if the padding mirrors or repeats the image's edge, or does not
-        keep the size; if the stride does not divide the domain; or if the module has hooks or a forward of
-        its own.
+    Raises:
+        ValueError: if there is none. The module has hooks or a forward of its own; its padding mirrors or
+            repeats the image's edge, or does not keep the size; it does not take the domain; or the stride
+            does not divide that.
+    """
+    if not convolves(module) or runtime.is_hooked(module):
+        base: Any = torch_class(module)
+        its_own = "hooks" if convolves(module) else "a forward"
+        raise ValueError(
+            f"convolution should compute what nn.{base.__name__} does, so that its weight "
+            f"has its spectrum. Found {type(module).__name__}, with {its_own} of its own"
+        )
+    operator = operator_of(module)
+    geometry = geometry_of(module)
+    if operator is not None:
+        operator.action.check_domain(domain)
+    if any(n % s for n, s in zip(domain, geometry.stride, strict=True)):
+        raise ValueError(f"domain should be divisible by the stride {geometry.stride}. Found {domain}")
+    boundary = operator.boundary if operator is not None else boundary_of(module)
+    if boundary is None:
+        raise ValueError(
+            "convolution should be periodic, or between zeros, so that it has a spectrum. "
+            f"Found padding_mode={module.padding_mode!r}"
+        )
+    torus = boundary.torus(domain, geometry.placement.extent(geometry.taps), geometry.stride)
+    if operator is not None and operator.action.domain is not None and not boundary.is_periodic:
+        torus = geometry.taps  # its kernel has one tap for each point of that torus
+    kernel = module.weight.detach()
+    return OnTorus(kernel, geometry.lattice(torus), geometry.placement, boundary.is_periodic)
+
+
+def on_torus_if_any(module: Any, domain: Size) -> OnTorus | None:
+    """Return `on_torus`, or None if there is no such operator.
 
     Raises:
         ValueError: if a module of this package does not take the domain.
     """
-    module: Any = convolution
-    if not convolves(module) or runtime.is_hooked(module):
-        return None
     operator = operator_of(module)
-    boundary = operator.boundary if operator is not None else boundary_of(module)
-    try:
-        geometry = geometry_of(module)
-    except ValueError:  # its padding does not keep the size
-        return None
     if operator is not None:
         operator.action.check_domain(domain)
-    if boundary is None or any(n % s for n, s in zip(domain, geometry.stride, strict=True)):
+    try:
+        return on_torus(module, domain)
+    except ValueError:
         return None
-    kernel = module.weight.detach()
-    torus = boundary.torus(domain, geometry.placement.extent(geometry.taps), geometry.stride)
-    if operator is not None and operator.action.domain is not None and not boundary.is_periodic:
-        torus = geometry.taps  # its kernel has one tap for each point of that torus
-    return OnTorus(kernel, geometry.lattice(torus), geometry.placement, boundary.is_periodic)
 
 
 @torch.no_grad()

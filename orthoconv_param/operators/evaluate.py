@@ -43,28 +43,24 @@ def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:
 
 def prepared(evaluator: Evaluator, operator: Operator, domain: Size) -> Any:
     """Return what an evaluator prepares, once in a cached loop, for batches of any size."""
-    owner, tensors = operator.weight.owner, operator.weight.tensors
-    if owner is None:
-        return evaluator.prepare(operator, domain)
-    return runtime.once(
-        owner, (evaluator.name, domain), tensors, lambda: evaluator.prepare(operator, domain)
-    )
+    weight, key = operator.weight, (evaluator.name, domain)
+    return runtime.once(weight.owner, key, weight.tensors, lambda: evaluator.prepare(operator, domain))
 
 
 def evaluate(operator: Operator, x: Tensor, domain: Size) -> Tensor:
     """Apply an operator to images ``(batch, channels, *size)`` of a domain, its bias aside."""
     batch = _USUAL_BATCH if runtime.is_compiling() else x.shape[0]
-    owner, tensors = operator.weight.owner, operator.weight.tensors
+    weight = operator.weight
 
     def decide() -> "tuple[Evaluator, Any]":  # torch 2.6 compiles no other annotation
         evaluator = choose(operator, domain, batch)
         return evaluator, prepared(evaluator, operator, domain)
 
-    evaluator, state = decide() if owner is None else runtime.once(owner, (domain, batch), tensors, decide)
+    evaluator, state = runtime.once(weight.owner, (domain, batch), weight.tensors, decide)
     return evaluator.apply(state, x)
 
 
-def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: Any = None) -> Tensor:  # noqa: A002, it is torch's name
+def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: Any = None) -> Tensor:
     """Do what a module with this operator and bias does.
 
     Args:

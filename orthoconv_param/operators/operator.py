@@ -63,15 +63,8 @@ class Operator:
         """What images are continued by."""
         return self.action.boundary
 
-    @property
-    def placement(self) -> Placement:
-        """Where the taps of its kernel stand."""
-        return Placement.centred(tuple(self.kernel().shape[2:]), self.action.dilation)
-
     def kernel(self) -> Tensor:
         """Return its kernel, centred, in single precision at least; computed once in a cached loop."""
-        if self.weight.owner is None:
-            return self.weight.kernel()
         return runtime.once(self.weight.owner, "kernel", self.weight.tensors, self.weight.kernel)
 
     def wraps(self, domain: Size) -> bool:

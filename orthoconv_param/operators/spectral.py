@@ -13,7 +13,6 @@ from ..torus.circular import spectral_conv
 from ..torus.lattice import Lattice
 from ..torus.shared import Shared
 from .operator import Operator
-from .weight import Fixed, Parametrized
 
 
 class Spectrum(NamedTuple):
@@ -33,10 +32,7 @@ class Spectral:
     def cost(self, operator: Operator, domain: Size, batch: int) -> float:
         """Return its estimated time: see Note [cost model]. Infinite where it cannot be exported."""
         weight, geometry = operator.weight, operator.geometry
-        made_of_taps = isinstance(weight, Fixed) or (
-            isinstance(weight, Parametrized) and weight.exponential is None
-        )
-        if made_of_taps and runtime.is_exported_directly():
+        if runtime.is_exported_directly() and not weight.has_matrices:
             return inf
         out, inner = geometry.size[:2]
         points, kernels = prod(domain), out * inner

@@ -32,6 +32,11 @@ class Weight(Protocol):
         """Return the taps of the kernel; None if they are known only once it is computed."""
         ...
 
+    @property
+    def has_matrices(self) -> bool:
+        """Return True if `spectrum` makes them, without a kernel."""
+        ...
+
     def kernel(self) -> Tensor:
         """Compute the kernel, ``(out, in/groups, *taps)``, centred, in single precision at least."""
         ...
@@ -69,6 +74,11 @@ class Fixed:
     def taps(self) -> Size | None:
         """Return its taps."""
         return tuple(self.tensor.shape[2:])
+
+    @property
+    def has_matrices(self) -> bool:
+        """Return False."""
+        return False
 
     def kernel(self) -> Tensor:
         """Return the kernel in single precision at least."""
@@ -122,6 +132,11 @@ class Parametrized:
         """Return the taps, if no other parametrization may change them."""
         exponential = self.exponential
         return None if exponential is None else exponential.taps
+
+    @property
+    def has_matrices(self) -> bool:
+        """Return True if a parametrization alone makes the kernel, and from matrices."""
+        return self.exponential is not None
 
     def kernel(self) -> Tensor:
         """Compute the kernel."""

@@ -29,7 +29,6 @@ class Boundary(ABC):
 
     name: ClassVar[str]  # as users and torch's ``padding_mode`` call it
     is_periodic: ClassVar[bool]  # whether its operators are block diagonal in frequency
-    note: ClassVar[str]  # what it means for the norm of an image, in a few words
 
     @abstractmethod
     def torus(self, domain: Size, extent: Size, stride: Size) -> Size:
@@ -99,7 +98,6 @@ class Circular(Boundary):
 
     name = "circular"
     is_periodic = True
-    note = "orthogonal"
 
     def torus(self, domain: Size, extent: Size, stride: Size) -> Size:
         """Return the domain."""
@@ -146,7 +144,6 @@ class Zeros(Boundary):
 
     name = "zeros"
     is_periodic = False
-    note = "never expands, leaks"
 
     def torus(self, domain: Size, extent: Size, stride: Size) -> Size:
         """Return a torus around which a kernel of that extent does not see an image twice."""

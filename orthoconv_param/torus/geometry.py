@@ -41,29 +41,22 @@ class Geometry:
     is_complex: bool = False
 
     @classmethod
-    def of(cls, module: Any, size: Size | None = None, keeps_size: bool = True) -> "Geometry":
+    def of(cls, module: Any) -> "Geometry":
         """Return the geometry of one of torch's convolution modules.
 
-        Args:
-            module: the convolution.
-            size: of its weight. Default: the present one.
-            keeps_size: whether to raise if its padding does not keep the image's size.
-
         Raises:
-            ValueError: then, or if a stride or dilation is not positive.
+            ValueError: if its padding does not keep the image's size, or a stride or dilation is not
+                positive.
         """
-        size = tuple(size or module.weight.shape)
+        size = tuple(module.weight.shape)
         axes = len(size) - 2
-        stride, dilation = (
-            per_axis("stride", module.stride, axes),
-            per_axis("dilation", module.dilation, axes),
-        )
+        stride = per_axis("stride", module.stride, axes)
+        dilation = per_axis("dilation", module.dilation, axes)
         # the dilation of a single tap says nothing
         dilation = tuple(r if k > 1 else 1 for r, k in zip(dilation, size[2:], strict=True))
         spans = tuple(r * (k - 1) for k, r in zip(size[2:], dilation, strict=True))
         padding = _padding(module, spans)
-        if keeps_size:
-            _check_padding(module, padding, spans, stride)
+        _check_padding(module, padding, spans, stride)
         is_complex = module.weight.is_complex()
         placement = Placement(dilation, padding)
         return cls(size, stride, module.groups, placement, module.transposed, is_complex)
@@ -119,11 +112,6 @@ class Geometry:
         """Channels that it takes."""
         return self.size[0] if self.transposed else self.size[1] * self.groups
 
-    @property
-    def given(self) -> int:
-        """Channels that it gives."""
-        return self.size[1] * self.groups if self.transposed else self.size[0]
-
     def lattice(self, domain: Size) -> Lattice:
         """Return the torus of this size for kernels of this geometry."""
         return Lattice(domain, self.stride, self.groups, self.is_complex)
@@ -131,10 +119,6 @@ class Geometry:
     def domain(self, images: Size) -> Size:
         """Return the fine grid of images of this size that it takes."""
         return self._times_stride(images) if self.transposed else images
-
-    def images(self, domain: Size) -> Size:
-        """Return the size of the images that it takes for a fine grid."""
-        return self.coarse(domain) if self.transposed else domain
 
     def coarse(self, domain: Size) -> Size:
         """Return the coarse grid of a fine one."""
