@@ -48,8 +48,9 @@ def orthogonal(
     **The module becomes periodic**, whatever its padding was: that is ``boundary="circular"``. With
     ``"zeros"`` the image is continued by zeros, the orthogonal operator of a larger torus is applied, and
     the image is cut out. That is **not orthogonal**: it never expands (singular values at most 1), and
-    loses what crosses the image's edge. The smallest singular values of 16 channels on 16x16 images are
-    1e-3, and the norm of a state falls to 0.95 in one step, to 0.11 in a hundred.
+    loses what crosses the image's edge. With ``domain=16`` the smallest singular values of 16 channels on
+    16x16 images are 1e-3, and the norm of a state falls to 0.95 in one step, to 0.11 in a hundred; with
+    ``domain="any"`` they are 0.9, and it falls to 0.99 and 0.65.
 
     Args:
         module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps

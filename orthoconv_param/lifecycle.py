@@ -12,6 +12,7 @@ from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Fixed, Parametrized
 from .torus.boundary import margins
+from .torus.geometry import sized
 
 # Checkpoints
 
@@ -110,7 +111,8 @@ def plain_class(cls: Any) -> Any:
 @cache
 def removed_class(plain: Any) -> Any:
     """Return the class of convolutions that `Removed` evaluates. Nothing ever changes it."""
-    return type(f"Orthogonal{plain.__name__}", (Removed, plain), {})
+    # torch.fx takes modules of torch.nn as they are, and does not trace into their hooks
+    return type(f"Orthogonal{plain.__name__}", (Removed, plain), {"__module__": plain.__module__})
 
 
 def rebuild(plain: Any) -> Any:
@@ -121,7 +123,8 @@ def rebuild(plain: Any) -> Any:
 def steps(taps: Size, action: Action) -> tuple[list[int], ...]:
     """Return the numbers by which `Removed.scripted` applies a kernel, as lists, one number for each axis.
 
-    They are: samples to continue images by, before and after; start of the result; stride; dilation; rest.
+    They are: samples to continue images by, before and after; start of the result; stride; dilation; rest;
+    taps; and the domain, zeros if it is every one.
     """
     before, after, start = margins(taps, action.geometry, action.dilation)
     stride, none = action.geometry.stride, (0,) * len(taps)
@@ -129,7 +132,8 @@ def steps(taps: Size, action: Action) -> tuple[list[int], ...]:
     if not action.boundary.is_periodic:
         before = after = start = none
         rest = tuple(s - 1 for s in stride)
-    return tuple([*numbers] for numbers in (before, after, start, stride, action.dilation, rest))
+    numbers = (before, after, start, stride, action.dilation, rest, taps, action.domain or none)
+    return tuple([*each] for each in numbers)
 
 
 @torch.fx.wrap
@@ -138,9 +142,16 @@ def convolve_removed(
     weight: Tensor,
     bias: Tensor | None,
     action: Action,
+    taps: Size,
     output_size: list[int] | None,
 ) -> Tensor:
-    """Do what a module that removal leaves does. `torch.fx` records it as one call."""
+    """Do what a module that removal leaves does. `torch.fx` records it as one call.
+
+    Raises:
+        ValueError: if the weight is not of the module's taps.
+    """
+    if not runtime.is_jit_traced() and tuple(weight.shape[2:]) != taps:
+        raise ValueError(f"the weight should be of kernel_size={taps}. Found {tuple(weight.shape)}")
     return convolve(Operator(action, Fixed(weight)), bias, input, output_size)
 
 
@@ -154,6 +165,7 @@ class Removed(nn.Module):
 
     if TYPE_CHECKING:  # TorchScript would read these
         action: Action
+        kernel_size: Size
         steps: tuple[list[int], ...]
         around: bool
         weight: Tensor
@@ -170,14 +182,17 @@ class Removed(nn.Module):
         """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.scripted(input)
-        return convolve_removed(input, self.weight, self.bias, self.action, output_size)
+        return convolve_removed(input, self.weight, self.bias, self.action, self.kernel_size, output_size)
 
     def scripted(self, input: Tensor) -> Tensor:
         """Do the same directly, by operations that TorchScript knows."""
-        before, after, start, stride, dilation, rest = self.steps
+        before, after, start, stride, dilation, rest, taps_of_weight, domain = self.steps
         axes = len(stride)
         x = input.unsqueeze(0) if input.dim() == axes + 1 else input
+        x = sized(x, domain, stride, self.transposed)
         kernel, padding, size = self.weight, [0] * axes, [0] * axes
+        if list(kernel.shape[2:]) != taps_of_weight:
+            raise ValueError("the weight should be of the module's kernel_size")
         for axis in range(axes):
             n = x.size(axis + 2)
             size[axis] = n * stride[axis] if self.transposed else n

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from functools import wraps
+from functools import cache, wraps
 from operator import is_
 from typing import Any, TypeVar, cast
 
@@ -47,6 +47,12 @@ def is_exported_directly() -> bool:
 def is_jit_traced() -> bool:
     """Return True in what `torch.jit.trace` records, where sizes are tensors."""
     return torch._C._get_tracing_state() is not None
+
+
+@cache
+def scripted_in_trace(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose branches `torch.jit.trace` keeps: it is compiled then."""
+    return torch.jit.script_if_tracing(function)
 
 
 def is_transformed() -> bool:
@@ -243,6 +249,25 @@ class LastIssued:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_storage": None}
+
+
+class LastGiven:
+    """Remembers the tensor that was given last, as long as it exists; a copy has been given none."""
+
+    def __init__(self) -> None:
+        self._given: weakref.ref[Tensor] | None = None
+
+    def note(self, x: Tensor) -> None:
+        """Take note of the tensor that is given now."""
+        if not is_compiling() and not is_batched(x):
+            self._given = weakref.ref(x)
+
+    def __call__(self) -> Tensor | None:
+        """Return the tensor, or None if there is none."""
+        return None if self._given is None else self._given()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_given": None}
 
 
 # Keeping results within `parametrize.cached()`

@@ -461,6 +461,28 @@ def test_scripts_and_traces_compute_the_same(geometry, called):
     close(found, module.weight.grad, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_removal_leaves_refuses_other_sizes_compiled_or_not(geometry):
+    module, x, _ = removed(geometry, called=False)
+    if not isinstance(module, Removed):
+        return  # of torch's own class, which computes at every size
+    scripted, traced = torch.jit.script(module), torch.jit.trace(module, (x,))
+    taken = module.action.geometry
+    if module.action.domain is not None or (max(taken.stride) > 1 and not taken.transposed):
+        other = torch.randn(1, x.shape[1], *(n + 1 for n in x.shape[2:]))
+        for subject in (module, scripted, traced):
+            with pytest.raises((ValueError, torch.jit.Error), match="size|domain"):
+                subject(other)
+    weight = module.weight.detach()
+    module.weight = nn.Parameter(weight[..., : max(1, weight.shape[-1] - 2)].clone())
+    if module.weight.shape == weight.shape:
+        return
+    for subject in (module, torch.jit.script(module)):
+        with pytest.raises((ValueError, torch.jit.Error), match="kernel_size"):
+            subject(x)
+
+
 @pytest.mark.parametrize("called", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_symbolic_traces_compute_the_same_and_are_copied_and_saved(geometry, called):
     module, x, y = removed(geometry, called)
@@ -675,9 +697,31 @@ def test_results_own_their_memory_and_keep_the_format_of_their_input(name, way, 
                         assert y.untyped_storage().nbytes() == y.numel() * y.element_size()
                         if memory_format == torch.contiguous_format:
                             y.view(len(y), -1)
-        one = conv(x[0])
-        assert one.is_contiguous()
-        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
+        for memory_format in formats:
+            one = conv(x.contiguous(memory_format=memory_format)[0])
+            assert one.is_contiguous()
+            assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
+
+
+@pytest.mark.parametrize("boundary", ["circular", "zeros"])
+@pytest.mark.parametrize("anneal", [False, True])
+def test_weights_are_contiguous_with_blocks_and_without(anneal, boundary):
+    for blocks in (None, {"0": [(slice(0, 2), slice(0, 2))]}):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+        retrofit(model, torch.randn(1, 4, 8, 8), blocks=blocks, boundary=boundary, anneal=anneal)
+        model[0].weight.view(4, -1)
+        parametrize.remove_parametrizations(model[0], "weight")
+        assert model[0].weight.is_contiguous()
+        nn.utils.parameters_to_vector(model.parameters())
+
+
+def test_symbolic_tracing_leaves_a_pruned_module_as_it_was():
+    module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), domain=8, boundary="zeros")
+    parametrize.remove_parametrizations(module, "weight")
+    prune.l1_unstructured(module, "weight", 0.3)
+    x = torch.randn(2, 4, 8, 8)
+    close(torch.fx.symbolic_trace(nn.Sequential(module))(x), module(x))
+    assert type(module.weight) is torch.Tensor
 
 
 @pytest.mark.parametrize("domain", ["any", (16, 16)])
@@ -1155,6 +1199,25 @@ def test_older_checkpoints_still_load(tmp_path):
 def test_a_checkpoint_of_other_taps_is_refused():
     with pytest.raises(RuntimeError, match="taps"):
         small("zeros 12").load_state_dict(small("taps").state_dict())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("blocks", [None, {"0": [(slice(0, 2), slice(0, 2))]}])
+def test_a_checkpoint_from_the_middle_of_annealing_is_refused_without_annealing(blocks, strict):
+    def model(**options):
+        plain = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+        return retrofit(plain, torch.randn(1, 4, 6, 6), blocks=blocks, **options)
+
+    annealed, other = model(), model(anneal=False)
+    orthoconv_param.set_orthogonality(annealed, 0.5)
+    x = torch.randn(2, 4, 6, 6)
+    before = other(x)
+    with pytest.raises(RuntimeError, match=r"directions, t, values.*final=True"):
+        other.load_state_dict(annealed.state_dict(), strict=strict)
+    close(other(x), before)
+    orthoconv_param.set_orthogonality(annealed, 1, final=True)
+    other.load_state_dict(annealed.state_dict(), strict=strict)
+    close(other(x), annealed(x))
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..checks import Size
+from ..torus.geometry import sized
 from .direct import Direct
 from .operator import Operator
 from .spectral import Spectral
@@ -84,14 +85,27 @@ def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: A
     if x.is_floating_point() and runtime.is_autocast(x.device.type):
         x = x.to(dtype)
     domain = _domain(operator, x, dtype)
+    x = _checked(operator, x)
     if output_size is not None and tuple(output_size[-axes:]) != domain:
         raise ValueError(f"output_size should be {domain}. Found {tuple(output_size)}")
     with runtime.no_autocast(x.device.type):
         y = evaluate(operator, x, domain)
         if bias is not None:
             y = y + bias.reshape(-1, *(1,) * axes)
-        y = runtime.owned(y, runtime.memory_format(x))
-    return y if input.ndim == x.ndim else y.squeeze(0)
+        # torch's own layer gives a single image in the usual format, whatever its format was
+        batched = input.ndim == x.ndim
+        y = runtime.owned(y, runtime.memory_format(x) if batched else torch.contiguous_format)
+    return y if batched else y.squeeze(0)
+
+
+def _checked(operator: Operator, x: Tensor) -> Tensor:
+    """Return images; have what `torch.jit.trace` records check the size of those that it will be given."""
+    if not runtime.is_jit_traced() or torch.onnx.is_in_onnx_export():
+        return x
+    geometry = operator.geometry
+    return runtime.scripted_in_trace(sized)(
+        x, [*(operator.action.domain or (0,) * geometry.axes)], [*geometry.stride], geometry.transposed
+    )
 
 
 def _domain(operator: Operator, x: Tensor, dtype: torch.dtype) -> Size:
@@ -105,7 +119,7 @@ def _domain(operator: Operator, x: Tensor, dtype: torch.dtype) -> Size:
     if x.dtype != dtype:
         raise TypeError(f"input should be of the weight's dtype, {dtype}. Found {x.dtype}")
     if operator.action.domain is not None and runtime.is_jit_traced():
-        return operator.action.domain
+        return operator.action.domain  # at each call of the trace: see `_checked`
     domain = geometry.domain(tuple(x.shape[2:]))
     operator.action.check_domain(domain)
     return domain

@@ -79,7 +79,7 @@ class Blocks(nn.Module):
             ``(out, in/groups, *torus)``.
         """
         lattice, M = self.spectrum((X,) if rest is None else (X, rest))
-        return lattice.kernel(M).to(X.dtype)
+        return lattice.kernel(M).to(X.dtype).contiguous()
 
     @runtime.in_full_precision
     def spectrum(

@@ -83,9 +83,9 @@ class ConvExponential(Registered):
     same object on a second one, which sets the base of both: copy the source by `copy.deepcopy` before.
 
     Cost: for ``F`` frequencies, about ``3 F m^3`` complex multiplications forward and ``7 F m^3``
-    backward at norms up to 1 (see `expm_skew`). ``F`` is half of ``k^2``, or of ``K^2``: with ``"any"``
-    no image size appears; on a given domain, in single precision, in products with the base only, as
-    long as ``K`` is the smaller.
+    backward at norms up to 1 (see `expm_skew`). ``F`` is half of ``k^2``, or with ``"any"`` of ``K^2``,
+    whatever the image. On a given domain, in single precision, the exponential is taken on ``K^2`` points
+    too if these are fewer; then only products with the base grow with the domain.
 
     Source: Magnasco, arXiv:2302.07396; trivializations: Lezcano-Casado, arXiv:1909.09501.
 
@@ -261,7 +261,7 @@ class ConvExponential(Registered):
         """
         if self.geometry is None:  # stacked on another parametrization: nothing was inverted here
             self._adopt(X)
-        self._check_generator(X)
+        self.check_generator(X, self._registered()[0].size)
         kernel = unpack(X)
         plan = make_plan(self._family(), kernel, self.compact, self._reader, images, dilation)
         if plan.degree is not self.compact:
@@ -286,17 +286,6 @@ class ConvExponential(Registered):
             return expm_frame(spectrum, norm)
         unitary = maps.trivialization(self.triv)(skew(spectrum))
         return unitary[..., :rows, :columns]
-
-    def _check_generator(self, X: Tensor) -> None:
-        """Raise if a generator is sharded, of another size or, where that can be read, not finite."""
-        size = self._registered()[0].size
-        if tuple(X.shape) != size:
-            raise ValueError(f"the generator should be of size {size}. Found {tuple(X.shape)}")
-        flaw = runtime.flaw(X)
-        if flaw is not None:
-            kind, words = flaw
-            of = "" if self.owner is None else f" of {self.owner}"
-            raise kind(f"the generator{of} {words}")
 
     # From a kernel to the generator
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
+from ..checks import Size
 from ..torus.geometry import Geometry
 from ..torus.lattice import Placement
 from . import signature
@@ -36,6 +37,16 @@ class Registered(nn.Module):
     def _get_name(self) -> str:
         return type(self).__qualname__
 
+    def check_generator(self, X: Tensor, size: Size) -> None:
+        """Raise if a generator is sharded, of another size or, where that can be read, not finite."""
+        if tuple(X.shape) != size:
+            raise ValueError(f"the generator should be of size {size}. Found {tuple(X.shape)}")
+        flaw = runtime.flaw(X)
+        if flaw is not None:
+            kind, words = flaw
+            of = "" if self.owner is None else f" of {self.owner}"
+            raise kind(f"the generator{of} {words}")
+
     # Checkpoints
 
     def signature(self) -> dict[str, str]:
@@ -44,6 +55,15 @@ class Registered(nn.Module):
 
     def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        known = {*runtime.buffers_of(self), runtime.EXTRA_STATE}
+        unknown = ", ".join(sorted(key for key in keys if key not in known))
+        if unknown:
+            return (
+                f"the checkpoint should be of a convolution without {unknown}, which one has on its way to "
+                "orthogonality. Save it after set_orthogonality(model, 1, final=True), or load it into a "
+                "model that has been retrofitted in the same way. Found these"
+            )
         there = signature.decode(state_dict.get(prefix + runtime.EXTRA_STATE))
         return signature.difference({} if self.geometry is None else self.signature(), there)
 

@@ -183,6 +183,27 @@ def convolve_transposed(
     return function(x, kernel, None, stride, padding, rest, groups, dilation)
 
 
+def sized(x: Tensor, domain: list[int], stride: list[int], transposed: bool) -> Tensor:
+    """Return images, if a module takes their size. TorchScript compiles this.
+
+    Args:
+        x: images, ``(batch, channels, *size)``.
+        domain: the only one that it takes; zeros for every one.
+        stride: which divides it.
+        transposed: whether the images are on the coarse grid.
+
+    Raises:
+        ValueError: if they are of another size.
+    """
+    for axis in range(len(stride)):
+        n = x.size(axis + 2)
+        if transposed:
+            n *= stride[axis]
+        if n % stride[axis] != 0 or (domain[axis] > 0 and n != domain[axis]):
+            raise ValueError("images should be of the module's domain, and divisible by the stride")
+    return x
+
+
 def _padding(module: Any, spans: Size) -> Size:
     """Return how far before the output's position the first tap stands, on each axis."""
     if module.padding == "same":
