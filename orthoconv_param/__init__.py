@@ -12,12 +12,14 @@ from .diagnostics.values import orthogonality_defect, singular_values
 from .matrices.expm import expm_skew
 from .models import generators
 from .parametrizations.exponential import ConvExponential
+from .parametrizations.split import SplitExponential
 from .retrofitting import retrofit, set_orthogonality
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConvExponential",
+    "SplitExponential",
     "__version__",
     "expm_skew",
     "functional",

@@ -9,11 +9,11 @@ A map ``R`` with ``R(0) = I`` and ``R'(0) = id`` is a retraction of the unitary 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, pi
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import runtime
 from .expm import expm_skew
@@ -131,6 +131,57 @@ def _flaw(Q: Any, A: Tensor) -> str | None:
     if not isfinite(defect):
         return "is not finite"
     return f"has a defect |Q^H Q - I| = {defect:.1e}"
+
+
+def generators_of_angles(triv: str | Trivialization, angles: Tensor) -> Tensor:
+    """Return ``k`` such that ``triv([[0, -k], [k, 0]])`` rotates by given angles, in ``[0, pi/2]``.
+
+    Found by bisection, since a map that is given as a callable has no inverse.
+
+    Raises:
+        ValueError: if the map reaches no rotation by ``pi/2``.
+    """
+    apply = trivialization(triv)
+
+    def rotates(k: Tensor) -> Tensor:
+        rotation = apply(torch.stack([torch.stack([0 * k, -k], -1), torch.stack([k, 0 * k], -1)], -2))
+        return torch.atan2(rotation[..., 1, 0], rotation[..., 0, 0])
+
+    top = 1.0
+    while bool(0 <= rotates(angles.new_full((1,), top)) < pi / 2):
+        top *= 2
+        if top > 1e3:
+            raise ValueError(f"triv={name(triv)!r} should reach a rotation by a right angle")
+    low, high = torch.zeros_like(angles), torch.full_like(angles, top)
+    for _ in range(2 + torch.finfo(angles.dtype).bits):
+        middle = (low + high) / 2
+        reached = rotates(middle)
+        below = (reached >= 0) & (reached < angles)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(angles == 0, angles, (low + high) / 2)
+
+
+def fill_angles(angles: Tensor, init_: Any) -> None:
+    """Draw angles by a function, by default uniformly from ``[-pi, pi]``."""
+    if init_ is None:
+        nn.init.uniform_(angles, -pi, pi)
+    else:
+        init_(angles)
+
+
+def skew_of_angles(like: Tensor, init_: Any) -> Tensor:
+    """Return skew matrices of given angles: the Lie algebra of a maximal torus of U(m), or of SO(m)."""
+    m = like.shape[-1]
+    angles = torch.empty(
+        *like.shape[:-2], m if like.is_complex() else m // 2, dtype=like.real.dtype, device=like.device
+    )
+    fill_angles(angles, init_)
+    if like.is_complex():
+        return torch.diag_embed(1j * angles)
+    subdiagonal = angles.new_zeros(*angles.shape[:-1], max(m - 1, 0))
+    subdiagonal[..., ::2] = angles
+    lower = torch.diag_embed(subdiagonal, offset=-1)
+    return lower - lower.mT
 
 
 # Retractions

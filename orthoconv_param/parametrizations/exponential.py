@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from geotorch.exceptions import InManifoldError
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import runtime
 from ..checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
@@ -497,7 +497,7 @@ class ConvExponential(Registered):
         if distribution == "uniform":
             Q = lattice.choose(haar, empty)
         else:
-            Q = self._map(lattice.choose(lambda like: _of_angles(like, init_), empty))
+            Q = self._map(lattice.choose(lambda like: maps.skew_of_angles(like, init_), empty))
         return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
 
     # Being a module
@@ -550,21 +550,3 @@ def from_reals(numbers: Tensor) -> Tensor:
     """Return the matrices of `as_reals`."""
     m = isqrt(numbers.shape[-1] // 2)
     return torch.view_as_complex(numbers.unflatten(-1, (m, m, 2)))
-
-
-def _of_angles(like: Tensor, init_: Any) -> Tensor:
-    """Return skew matrices of given angles: the Lie algebra of a maximal torus of U(m), or of SO(m)."""
-    m = like.shape[-1]
-    angles = torch.empty(
-        *like.shape[:-2], m if like.is_complex() else m // 2, dtype=like.real.dtype, device=like.device
-    )
-    if init_ is None:
-        nn.init.uniform_(angles, -torch.pi, torch.pi)
-    else:
-        init_(angles)
-    if like.is_complex():
-        return torch.diag_embed(1j * angles)
-    subdiagonal = angles.new_zeros(*angles.shape[:-1], max(m - 1, 0))
-    subdiagonal[..., ::2] = angles
-    lower = torch.diag_embed(subdiagonal, offset=-1)
-    return lower - lower.mT

@@ -1,0 +1,140 @@
+r"""A split kernel's taps, from its factors.
+
+Along one axis of space a pair and the coin after it take a kernel ``K`` to
+
+    K'(t) = D_A[:, A] K_A(t) + D_B[:, B] K_B(t) + D_A[:, B] K_B(t - 1) + D_B[:, A] K_A(t + 1),
+    D_A = C[:, A] O[A],    D_B = C[:, B] O[B],
+
+where ``K_A``, ``K_B`` are rows, and a shift takes it to ``C[:, A] K_A(t - 1) + C[:, B] K_B(t)``. The
+kernels of the axes are then multiplied, each tap of one with each of the other.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chain import Chain, Factors
+
+
+class Line(NamedTuple):
+    """The factors of one axis of space, and the coins between them.
+
+    Args:
+        axis: of space.
+        half: channels in ``A``.
+        right: the coin that acts first, ``(groups, m, columns)``.
+        pairs: ``(O, C)``: each pair, and the coin after it.
+        shift: the coin after the shift that acts last; None if there is none.
+    """
+
+    axis: int
+    half: int
+    right: Tensor
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    shift: Tensor | None
+
+    def kernel(self) -> Tensor:
+        """Return the kernel, ``(groups, rows, taps, columns)``."""
+        K = self.right.unsqueeze(2)
+        for pair, coin in self.pairs:
+            K = joined(K, pair, coin, self.half)
+        return K if self.shift is None else shifted(K, self.shift, self.half)
+
+
+def lines(chain: Chain, factors: Factors) -> list[Line]:
+    """Return the factors axis by axis, in the order in which they act; of patches all but the frame."""
+    coins, pairs = list(factors.coins), list(factors.pairs.unbind(1))
+    eye = torch.eye(chain.channels, dtype=coins[0].dtype, device=coins[0].device)
+    eye = eye.expand(chain.groups, -1, -1)
+    if chain.is_strided:
+        coins[-1] = eye
+    found: list[Line] = []
+    for step, coin in zip(chain.steps, coins[1:], strict=True):
+        if not found or found[-1].axis != step.axis:
+            found.append(Line(step.axis, chain.half, eye if found else coins[0], (), None))
+        if step.is_pair:
+            found[-1] = found[-1]._replace(pairs=(*found[-1].pairs, (pairs.pop(0), coin)))
+        else:
+            found[-1] = found[-1]._replace(shift=coin)
+    return found
+
+
+def joined(K: Tensor, pair: Tensor, coin: Tensor, half: int) -> Tensor:
+    """Return the kernel ``C L O L^H K``, two taps longer.
+
+    Args:
+        K: ``(groups, m, taps, columns)``.
+        pair: ``O``, ``(groups, m, m)``.
+        coin: ``C``, ``(groups, rows, m)``.
+        half: channels in ``A``.
+    """
+    D_A, D_B = coin[..., :half] @ pair[:, :half], coin[..., half:] @ pair[:, half:]
+    # taps of K_A stay or move a tap back, those of K_B stay or move a tap on
+    of_A = torch.cat([D_A[..., :half], D_B[..., :half]], 1) @ K[:, :half].flatten(2)
+    of_B = torch.cat([D_B[..., half:], D_A[..., half:]], 1) @ K[:, half:].flatten(2)
+    stay_A, back = of_A.unflatten(2, K.shape[2:]).chunk(2, 1)
+    stay_B, on = of_B.unflatten(2, K.shape[2:]).chunk(2, 1)
+    if K.shape[2] == 1:
+        return torch.cat([back, stay_A + stay_B, on], 2)
+    return F.pad(back, (0, 0, 0, 2)) + F.pad(stay_A + stay_B, (0, 0, 1, 1)) + F.pad(on, (0, 0, 2, 0))
+
+
+def shifted(K: Tensor, coin: Tensor, half: int) -> Tensor:
+    """Return the kernel ``C L K``, one tap longer."""
+    rest, on = (
+        (part @ rows.flatten(2)).unflatten(2, K.shape[2:])
+        for part, rows in ((coin[..., half:], K[:, half:]), (coin[..., :half], K[:, :half]))
+    )
+    return F.pad(rest, (0, 0, 0, 1)) + F.pad(on, (0, 0, 1, 0))
+
+
+def kernel(chain: Chain, factors: Factors) -> Tensor:
+    """Return the weight ``(out, in/groups, *taps)``."""
+    return multiplied(chain, factors, [(line.axis, line.kernel()) for line in lines(chain, factors)])
+
+
+def multiplied(chain: Chain, factors: Factors, of_lines: list[tuple[int, Tensor]]) -> Tensor:
+    """Return the weight whose lines have these kernels.
+
+    Args:
+        chain: of the factors.
+        factors: themselves.
+        of_lines: axis of space and kernel of each line, in the order in which they act.
+    """
+    axes, sizes = len(chain.taps), [1] * len(chain.taps)
+    W = None  # (groups, rows, taps, columns), the taps of axes that act later before those of earlier ones
+    for axis, K in of_lines:
+        sizes[axis] = K.shape[2]
+        W = K if W is None else _times(K, W)
+    if chain.is_strided or W is None:
+        frame = factors.coins[-1].unflatten(2, (-1, prod(chain.patch))).mT
+        W = frame if W is None else _times(frame, W)
+    x = W.unflatten(2, (*chain.patch, *sizes[::-1]))
+    # (groups, rows, columns, patch and taps of each axis)
+    order = [n for i in range(axes) for n in (2 + i, 2 + 2 * axes - 1 - i)]
+    x = x.permute(0, 1, x.ndim - 1, *order)
+    for axis in range(axes):
+        x = _added(x, 3 + axis)
+    missing = zip(chain.taps, x.shape[3:], chain.first, strict=True)
+    padding = [n for k, have, first in reversed([*missing]) for n in (first, k - have - first)]
+    x = F.pad(x, padding) if any(padding) else x
+    return x.flatten(0, 1).contiguous()
+
+
+def _times(K: Tensor, W: Tensor) -> Tensor:
+    """Return the products of each tap of ``K`` with each of ``W``, those of ``K`` before."""
+    product = K.flatten(1, 2) @ W.flatten(2)
+    return product.reshape(*K.shape[:2], K.shape[2] * W.shape[2], W.shape[3])
+
+
+def _added(x: Tensor, axis: int) -> Tensor:
+    """Return the sum over an axis, each of whose entries has its taps, on the next one, a place further."""
+    places = x.shape[axis]
+    if places == 1:
+        return x.squeeze(axis)
+    after = (0, 0) * (x.ndim - axis - 2)
+    each = enumerate(x.unbind(axis))
+    return sum(F.pad(part, (*after, j, places - 1 - j)) for j, part in each)  # type: ignore[return-value]
