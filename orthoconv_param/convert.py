@@ -19,6 +19,8 @@ from .module import install, operator_of
 from .operators.operator import Action
 from .parametrizations import signature
 from .parametrizations.exponential import ConvExponential
+from .parametrizations.split import SplitExponential
+from .split.chain import Chain
 from .torus.boundary import CIRCULAR, Boundary, boundary_named, boundary_of
 from .torus.geometry import CONVOLUTIONS, Geometry, torch_class
 from .torus.lattice import Lattice, Placement
@@ -30,8 +32,9 @@ def orthogonal(
     module: _Module,
     name: str = "weight",
     *,
+    method: Literal["exponential", "split"] = "exponential",
     domain: int | Size | Literal["any"] = "any",
-    boundary: Literal["circular", "zeros"] | None = None,
+    boundary: Literal["circular", "zeros", "walls"] | None = None,
     triv: str | Trivialization = "expm",
     base: bool | None = None,
 ) -> _Module:
@@ -56,6 +59,7 @@ def orthogonal(
         module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps
             the size (divided by the stride).
         name: of the kernel.
+        method: ``"exponential"`` or ``"split"``, see above.
         domain: ``"any"``: images of every size, several in turn too. The weight *is* the generator, and
             the kernel has as many taps as its exponential needs in the weight's dtype. For stride 1 and as
             many output as input channels, the operator is the exponential of the skew part of what it was.
@@ -104,10 +108,60 @@ def orthogonal(
         >>> orthogonality_defect(conv, domain=(20, 31)) < 1e-5
         True
     """
-    conversion = Conversion.of(module, name, domain, boundary)
+    if method not in ("exponential", "split"):
+        raise ValueError(f'method should be "exponential" or "split". Found {method!r}')
     owner = repr(module).partition("\n")[0]
+    if method == "split":
+        _split(module, name, domain, boundary, owner, triv=triv, base=base)
+        return module
+    conversion = Conversion.of(module, name, domain, boundary)
     conversion.install(conversion.exponential(owner, triv=triv, base=base))
     return module
+
+
+def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str, **options: Any) -> None:
+    """Let a convolution have a split kernel.
+
+    Where torch's own forward is the operator, the module keeps it. Between walls it is the operator of
+    patches alone.
+
+    Raises:
+        TypeError, ValueError: as `orthogonal` does.
+    """
+    _check_module(module, name)
+    edges = _boundary(module, boundary)
+    if domain != "any":
+        raise ValueError(
+            'domain should be "any" with method="split", whose kernels are orthogonal at every size. '
+            f"Found {domain!r}"
+        )
+    whole = geometry_of(module)
+    whole.check_existence(whole.size, whole.groups)
+    chain = Chain.of(whole, edges.has_walls)
+    context = {"boundary": edges.name, "images": "any"}
+    parametrization = SplitExponential.placed(
+        replace(whole, transposed=False), edges.has_walls, owner, context, **options
+    )
+    if edges.has_walls and chain.steps:
+        taps = zip(chain.taps, whole.taps, whole.dilation, whole.placement.origin, strict=True)
+        origin = tuple(o if k == before else r * (k // 2) for k, before, r, o in taps)
+        placement = Placement(whole.dilation, origin)
+        reduced = replace(whole, size=(*whole.size[:2], *chain.taps), placement=placement)
+        install(module, parametrization, Action(reduced, edges, None, whole.dilation))
+    elif edges.is_periodic and whole.transposed and chain.steps:
+        install(module, parametrization, Action(whole, edges, None, whole.dilation))
+    else:
+        install(module, parametrization, None, **_padding(module, whole, edges))
+
+
+def _padding(module: Any, geometry: Geometry, edges: Boundary) -> dict[str, Any]:
+    """Return the attributes by which torch's own module pads at a boundary as it pads now."""
+    if geometry.transposed:  # torch knows one padding of these
+        return {}
+    before = geometry.placement.origin
+    after = geometry.placement.after(geometry.taps) if module.padding == "same" else before
+    sides = [n for side in zip(before[::-1], after[::-1], strict=True) for n in side]
+    return {"padding_mode": edges.padding_mode, runtime.REPEATED_PADDING: sides}
 
 
 @dataclass(frozen=True)
@@ -152,6 +206,11 @@ class Conversion:
         """
         _check_module(module, name)
         edges = _boundary(module, boundary)
+        if edges.has_walls:
+            raise ValueError(
+                'boundary="walls" takes method="split": the exponential has no kernel that ends at a wall. '
+                'Found method="exponential"'
+            )
         if domain is None or (isinstance(domain, str) and domain != "any"):
             kind = TypeError if domain is None else ValueError
             raise kind(f'domain should be "any", a size, or a tuple of sizes. Found {domain!r}')

@@ -1,18 +1,43 @@
 """Checkpoints, and what the removal of a parametrization leaves."""
 
+import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
 
-from . import runtime
+from . import runtime, walled
 from .checks import Size
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Fixed, Parametrized
+from .split.mending import Mended, mended
 from .torus.boundary import margins
 from .torus.geometry import sized
+
+
+class Installed:
+    """What an orthogonal module holds: how its kernel acts, and the smallest images that it has seen."""
+
+    def __init__(self, action: Action, keeps_taps: bool) -> None:
+        self.action = action
+        self.keeps_taps = keeps_taps  # whether the kernel has the taps that the weight had before
+        self.smallest: Size | None = None
+        self.edges: weakref.ref[Edges] | None = None  # of the weight that was read last
+        self._last: Size | None = None
+
+    def see(self, size: Size) -> None:
+        """Take note of images of a size."""
+        if size == self._last:
+            return
+        self._last = size
+        domain = self.action.geometry.domain(size)
+        if self.smallest is None:
+            self.smallest = domain
+        elif any(n < m for n, m in zip(domain, self.smallest, strict=True)):
+            self.smallest = tuple(map(min, domain, self.smallest))
+
 
 # Checkpoints
 
@@ -30,13 +55,13 @@ def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: 
         error_msgs: as of ``Module._load_from_state_dict``.
     """
     weight = Parametrized(module.parametrizations["weight"])
-    exponential = weight.exponential
-    if exponential is None:
+    made = weight.only
+    if made is None:
         return
     stack = prefix + "parametrizations.weight."
     # the very parameters, which stay with ``assign=True`` too
     present = {stack + key: value for key, value in weight.stack.state_dict(keep_vars=True).items()}
-    different = exponential.difference(state_dict, stack + "0.")
+    different = made.difference(state_dict, stack + "0.")
     if different is not None:
         error_msgs.append(f"{prefix}weight: {different}")
         state_dict |= {prefix + key: value for key, value in module.state_dict(keep_vars=True).items()}
@@ -51,7 +76,7 @@ def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: 
         )
         return
     try:
-        X, buffers = exponential.preimage(W.to(weight.tensors[0]))
+        X, buffers = made.preimage(W.to(weight.tensors[0]))
     except (TypeError, ValueError, RuntimeError) as error:
         error_msgs.append(f"While starting from {prefix}weight: {error}")
         return
@@ -63,31 +88,72 @@ def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: 
 def take_note(weight: Parametrized, state_dict: dict[str, Any], prefix: str) -> None:
     """Let the parametrization know of the generator that is loaded: it may set the kernel's size."""
     generator = state_dict.get(f"{prefix}parametrizations.weight.{weight.names[0]}")
-    if weight.exponential is not None and isinstance(generator, Tensor):
-        weight.exponential.loaded(generator)
+    if weight.only is not None and isinstance(generator, Tensor):
+        weight.only.loaded(generator)
 
 
 # Removal
 
 
-def leave(module: Any, base: type[nn.Module], action: Action, smallest: Size | None) -> None:
+class Edges:
+    """What a weight between walls takes at its edges; it lives as long as that weight."""
+
+    def __init__(self, mended: Mended) -> None:
+        self.mended = mended
+
+
+def take_edges(installed: Installed, W: Any, weight: Parametrized) -> None:
+    """Keep the edges of a weight between walls, if torch may be removing its parametrization.
+
+    Torch reads the weight without gradients, and then overwrites the generator by it. So this is the last
+    moment at which there are factors. What is kept hangs on the weight that was read, not on the module.
+    """
+    if not installed.action.boundary.has_walls or torch.is_grad_enabled() or not runtime.is_plain(W):
+        return
+    if not hasattr(W, "edges"):
+        found = weight.factors()
+        if found is None:
+            return
+        W.edges = Edges(mended(*found, installed.action.geometry.transposed).to(W.dtype))
+    installed.edges = weakref.ref(W.edges)
+
+
+def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> None:
     """Make of a module, whose weight torch has just made an ordinary parameter, one that computes the same.
 
     It is of torch's own class if that computes the same at the sizes that the module has seen, else of a
-    class that `removed_class` makes of it. Its attributes say what it does.
+    class that `removed_class` makes of it, or between walls of `walled.WalledConvolution`. Its attributes
+    say what it does.
 
     Args:
         module: which still is of its parametrized class.
         base: the class that it had before.
-        action: how its kernel acts.
-        smallest: size of the images that it has seen.
+        installed: what it held; None if it was evaluated by torch's own forward.
     """
-    weight, geometry = module.weight, action.geometry
+    weight = module.weight
     weight.grad = None  # it was the generator's
     if "bias" in runtime.parameters_of(module):  # the order that it had
         runtime.parameters_of(module)["bias"] = runtime.parameters_of(module).pop("bias")
+    if installed is None:
+        runtime.leave_class(module, base)
+        return
+    action, smallest = installed.action, installed.smallest
+    edges = None if installed.edges is None else installed.edges()
+    if action.boundary.has_walls:
+        if edges is not None and edges.mended.weight.shape == weight.shape:
+            vars(module).update(
+                action.boundary.attributes(tuple(weight.shape[2:]), action.geometry, action.dilation)
+            )
+            walled.become(module, edges.mended, action.geometry)
+            runtime.leave_class(module, walled.WalledConvolution)
+        else:  # the generator, without its meaning
+            runtime.leave_class(module, base)
+        return
+    geometry = action.geometry
     taps, plain = tuple(weight.shape[2:]), plain_class(base)
-    if taps == geometry.taps and taps != action.domain:
+    if weight.ndim != len(geometry.size) or (
+        taps == geometry.taps and taps != action.domain and not installed.keeps_taps
+    ):
         # A single tap, whose operator is its kernel; or the generator, without its meaning.
         runtime.leave_class(module, base)
         return

@@ -14,44 +14,34 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import lifecycle, runtime
-from .checks import Size
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Parametrized
+from .parametrizations.split import SplitExponential
 
 
-class Installed:
-    """What an orthogonal module holds: how its kernel acts, and the smallest images that it has seen."""
+def install(
+    module: Any, parametrization: nn.Module, action: Action | None, **attributes: Any
+) -> Callable[[], None]:
+    """Register a parametrization on a convolution's weight.
 
-    def __init__(self, action: Action) -> None:
-        self.action = action
-        self.smallest: Size | None = None
-        self._last: Size | None = None
-
-    def see(self, size: Size) -> None:
-        """Take note of images of a size."""
-        if size == self._last:
-            return
-        self._last = size
-        domain = self.action.geometry.domain(size)
-        if self.smallest is None:
-            self.smallest = domain
-        elif any(n < m for n, m in zip(domain, self.smallest, strict=True)):
-            self.smallest = tuple(map(min, domain, self.smallest))
-
-
-def install(module: Any, parametrization: nn.Module, action: Action) -> Callable[[], None]:
-    """Register a parametrization on a convolution's weight, and have the module evaluated accordingly.
+    Args:
+        module: the convolution.
+        parametrization: of its weight.
+        action: how the module is to be evaluated. None: by torch's own forward.
+        attributes: of the module, to be changed.
 
     Returns:
         A function that makes the module what it was again.
     """
     base, parameters = type(module), dict(runtime.parameters_of(module))
     value, gradient = module.weight.detach().clone(), module.weight.grad
+    before = {name: vars(module)[name] for name in attributes}
 
     def undo() -> None:
         module.__class__ = base
         vars(module).pop("installed", None)
+        vars(module).update(before)
         runtime.children_of(module).pop("parametrizations", None)
         runtime.parameters_of(module).clear()
         runtime.parameters_of(module).update(parameters)
@@ -64,25 +54,33 @@ def install(module: Any, parametrization: nn.Module, action: Action) -> Callable
     except BaseException:
         undo()
         raise
-    module.installed = Installed(action)
-    module.__class__ = own_class(base)
+    vars(module).update(attributes)
+    if action is not None:
+        module.installed = lifecycle.Installed(action, isinstance(parametrization, SplitExponential))
+    module.__class__ = own_class(base, action is not None)
     return undo
 
 
-def own_class(base: Any) -> Any:
-    """Return a new class for one orthogonal convolution, derived from its class before."""
+def own_class(base: Any, evaluated: bool) -> Any:
+    """Return a new class for one parametrized convolution, derived from its class before.
+
+    It is what torch makes, with a weight that is computed once in a cached loop, and with checkpoints of
+    the plain convolution.
+
+    Args:
+        base: the class before.
+        evaluated: whether `Installed` says how the module is evaluated. Else it is by torch's own forward.
+    """
 
     class Own(base):
-        @property
-        def operator(self) -> Operator:
-            """What the module does, its bias aside."""
-            return Operator(self.installed.action, Parametrized(self.parametrizations["weight"]))
-
         @property
         def weight(self) -> Tensor:
             """The kernel."""
             stack = self.parametrizations["weight"]
-            return runtime.once(stack, "weight", Parametrized(stack).tensors, stack)
+            W = runtime.once(stack, "weight", Parametrized(stack).tensors, stack)
+            if evaluated:
+                lifecycle.take_edges(self.installed, W, Parametrized(stack))
+            return W
 
         @weight.setter
         def weight(self, value: Tensor) -> None:
@@ -90,25 +88,11 @@ def own_class(base: Any) -> Any:
             stack.right_inverse(value)
             runtime.forget(stack)
 
-        def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-            """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
-            operator = self.operator
-            y = convolve(operator, self.bias, input, output_size)
-            if not runtime.is_compiling():
-                self.installed.see(input.shape[-operator.action.geometry.axes :])
-            return y
-
-        def extra_repr(self) -> str:
-            """Say what ``print`` says of the module."""
-            true = SimpleNamespace(**{**vars(self), "bias": self.bias, **attributes(self)})
-            return lifecycle.described(base.extra_repr(true), self.installed.action)
-
         def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
             """Do what torch does. When it removes the parametrization, it puts the kernel here."""
             super().register_parameter(name, param)
             if name == "weight":  # which raises while it is parametrized
-                installed = self.__dict__.pop("installed")
-                lifecycle.leave(self, base, installed.action, installed.smallest)
+                lifecycle.leave(self, base, self.__dict__.pop("installed", None))
 
         def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
             """Do what torch does. Of several frozen parameters it makes a buffer when it removes them."""
@@ -129,7 +113,7 @@ def own_class(base: Any) -> Any:
             lifecycle.take_note(weight, state_dict, prefix)
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            twin = self.__new__(own_class(base))
+            twin = self.__new__(own_class(base, evaluated))
             memo[id(self)] = twin
             twin.__dict__ = deepcopy(self.__dict__, memo)
             others = [name for name in twin.parametrizations if name != "weight"]
@@ -142,18 +126,43 @@ def own_class(base: Any) -> Any:
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
 
-    for name in _TOLD:
-        setattr(Own, name, _told(name))
-    Own.__name__ = Own.__qualname__ = f"ParametrizedOrthogonal{lifecycle.plain_class(base).__name__}"
     Own.__module__ = base.__module__
+    Own.__name__ = Own.__qualname__ = f"Parametrized{base.__name__}"
+    if evaluated:
+        _let_evaluate(Own, base)
     return Own
+
+
+def _let_evaluate(cls: Any, base: Any) -> None:
+    """Give a module's own class a forward, and attributes that are true of it."""
+
+    def operator(self: Any) -> Operator:
+        """Return what the module does, its bias aside."""
+        return Operator(self.installed.action, Parametrized(self.parametrizations["weight"]))
+
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the operator, and add the bias; see `operators.evaluate.convolve`."""
+        operator = self.operator
+        y = convolve(operator, self.bias, input, output_size)
+        if not runtime.is_compiling():
+            self.installed.see(input.shape[-operator.action.geometry.axes :])
+        return y
+
+    def extra_repr(self: Any) -> str:
+        """Say what ``print`` says of the module."""
+        true = SimpleNamespace(**{**vars(self), "bias": self.bias, **attributes(self)})
+        return lifecycle.described(base.extra_repr(true), self.installed.action)
+
+    cls.operator, cls.forward, cls.extra_repr = property(operator), forward, extra_repr
+    for name in _TOLD:
+        setattr(cls, name, _told(name))
+    cls.__name__ = cls.__qualname__ = f"ParametrizedOrthogonal{lifecycle.plain_class(base).__name__}"
 
 
 def operator_of(module: nn.Module) -> Operator | None:
     """Return the operator of a module that this package evaluates; None for any other."""
-    if not isinstance(vars(module).get("installed"), Installed) and not isinstance(
-        module, lifecycle.Removed
-    ):
+    installed = isinstance(vars(module).get("installed"), lifecycle.Installed)
+    if not installed and not isinstance(module, lifecycle.Removed):
         return None
     operator = module.operator
     assert isinstance(operator, Operator)

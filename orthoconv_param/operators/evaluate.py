@@ -9,6 +9,7 @@ from .. import runtime
 from ..checks import Size
 from ..torus.geometry import sized
 from .direct import Direct
+from .mended import Mending
 from .operator import Operator
 from .spectral import Spectral
 
@@ -33,7 +34,7 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral())
+EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Mending())
 
 
 def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:

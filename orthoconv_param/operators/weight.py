@@ -11,6 +11,8 @@ from .. import runtime
 from ..checks import Size
 from ..parametrizations.blocks import Blocks
 from ..parametrizations.exponential import ConvExponential
+from ..parametrizations.split import SplitExponential
+from ..split.chain import Chain, Factors
 from ..torus.lattice import Lattice
 
 
@@ -47,6 +49,10 @@ class Weight(Protocol):
 
     def spectrum(self, images: Size | None, dilation: Size) -> tuple[Lattice, Tensor] | None:
         """Compute the matrices; None if there is only a kernel."""
+        ...
+
+    def factors(self) -> tuple[Chain, Factors] | None:
+        """Compute the factors of a split kernel; None of any other."""
         ...
 
 
@@ -92,6 +98,10 @@ class Fixed:
         """Return None."""
         return None
 
+    def factors(self) -> tuple[Chain, Factors] | None:
+        """Return None."""
+        return None
+
 
 @dataclass(frozen=True)
 class Parametrized:
@@ -122,16 +132,22 @@ class Parametrized:
         )
 
     @property
+    def only(self) -> ConvExponential | Blocks | SplitExponential | None:
+        """Return the parametrization if it alone makes the kernel, and is one of this package."""
+        only = self.stack[0] if len(self.stack) == 1 else None
+        return only if isinstance(only, (ConvExponential, Blocks, SplitExponential)) else None
+
+    @property
     def exponential(self) -> ConvExponential | Blocks | None:
         """Return the parametrization if it alone makes the kernel, and from matrices."""
-        only = self.stack[0] if len(self.stack) == 1 else None
-        return only if isinstance(only, (ConvExponential, Blocks)) else None
+        only = self.only
+        return None if isinstance(only, SplitExponential) else only
 
     @property
     def taps(self) -> Size | None:
         """Return the taps, if no other parametrization may change them."""
-        exponential = self.exponential
-        return None if exponential is None else exponential.taps
+        only = self.only
+        return None if only is None else only.taps
 
     @property
     def has_matrices(self) -> bool:
@@ -160,6 +176,14 @@ class Parametrized:
         if isinstance(exponential, Blocks):
             return exponential.spectrum(tensors, images, dilation)
         return exponential.spectrum(tensors[0], images, dilation)
+
+    def factors(self) -> tuple[Chain, Factors] | None:
+        """Ask the parametrization."""
+        only = self.only
+        if not isinstance(only, SplitExponential):
+            return None
+        with runtime.no_autocast(self.tensors[0].device.type):
+            return only.chain_or_raise(), only.factors(self.tensors[0])
 
 
 def _precise(kernel: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 r"""A split kernel between walls, applied: the zero-padded convolution, and what its edges take.
 
-Let ``Z`` be the zero-padded convolution of a line, and ``E`` what its two ends add, so that ``X = Z_x + E_x``
-is the first line between walls, and ``Y = Z_y + E_y`` the second. Their product is
+Let ``Z`` be the zero-padded convolution of a line, and ``E`` what its two ends add, so that
+``X = Z_x + E_x`` is the first line between walls, and ``Y = Z_y + E_y`` the second. Their product is
 
     Y X = Z_y Z_x + Z_y E_x + E_y X,
 
@@ -45,6 +45,14 @@ class Mended(NamedTuple):
     frame: Tensor
     axes: list[int]
 
+    def to(self, dtype: torch.dtype) -> "Mended":
+        """Return it in another precision."""
+        if self.weight.dtype == dtype:
+            return self
+        kernels, ends = ([x.to(dtype) for x in each] for each in (self.kernels, self.ends))
+        shorts = [[x.to(dtype) for x in each] for each in self.shorts]
+        return Mended(self.weight.to(dtype), kernels, ends, shorts, self.frame.to(dtype), self.axes)
+
 
 def mended(chain: Chain, factors: Factors, transposed: bool) -> Mended:
     """Return a kernel between walls, or its transpose."""
@@ -80,7 +88,13 @@ def convolve(
 
 
 def convolve_transposed(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, size: list[int]
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    size: list[int],
 ) -> Tensor:
     """Return its transpose, to images of a size."""
     axes = len(stride)
@@ -124,13 +138,16 @@ def at_ends(strips: Tensor, matrices: Tensor, axis: int, dilation: int) -> Tenso
         before *= n
     for n in shape[at + 1 :]:
         after *= n
-    x = strips.reshape(ends, -1, groups, shape[1] // groups, before, pixels, dilation, after)
-    x = x.permute(0, 2, 3, 5, 1, 4, 6, 7)
-    rest = x.shape[4:]
-    y = torch.matmul(matrices, x.reshape(ends, groups, matrices.size(3), -1))
-    y = y.reshape([ends, groups, matrices.size(2) // pixels, pixels] + list(rest))
-    y = y.permute(0, 4, 1, 2, 5, 3, 6, 7)
-    return y.reshape([shape[0], groups * (matrices.size(2) // pixels)] + list(shape[2:]))
+    batch, rows = shape[0] // ends, matrices.size(2) // pixels
+    x = strips.reshape(ends, batch, groups, shape[1] // groups, before, pixels, dilation, after)
+    x = x.permute(0, 2, 3, 5, 1, 4, 6, 7).reshape(ends, groups, matrices.size(3), -1)
+    y = torch.matmul(matrices, x)
+    y = y.reshape(ends, groups, rows, pixels, batch, before, dilation, after).permute(
+        0, 4, 1, 2, 5, 3, 6, 7
+    )
+    size = list(shape)
+    size[1] = groups * rows
+    return y.reshape(size)
 
 
 def take(x: Tensor, axis: int, width: int) -> Tensor:
@@ -174,9 +191,7 @@ def patched(x: Tensor, frame: Tensor, stride: list[int], groups: int, transposed
     return convolve_transposed(x, frame, stride, none, ones, groups, size)
 
 
-def take_fine(
-    x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int], groups: int
-) -> Tensor:
+def take_fine(x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int], groups: int) -> Tensor:
     """Return the strips, on the fine grid, of images on the coarse one."""
     at, s = axis + 2, stride[axis]
     fine = patched(take(x, axis, (width + s - 1) // s), frame, stride, groups, True)
@@ -184,14 +199,13 @@ def take_fine(
     return torch.cat([first.narrow(at, 0, width), last.narrow(at, last.size(at) - width, width)])
 
 
-def put_coarse(
-    y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list[int], groups: int
-) -> None:
+def put_coarse(y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list[int], groups: int) -> None:
     """Add strips on the fine grid to images on the coarse one."""
     missing = -strips.size(axis + 2) % stride[axis]
     after = [0, 0] * (len(stride) - axis - 1)
     first, last = strips.chunk(2)
-    padded = torch.cat([F.pad(first, after + [0, missing]), F.pad(last, after + [missing, 0])])
+    ends = [F.pad(first, after + [0, missing]), F.pad(last, after + [missing, 0])]  # noqa: RUF005, TorchScript
+    padded = torch.cat(ends)
     put(y, patched(padded, frame, stride, groups, False), axis)
 
 
@@ -239,7 +253,7 @@ def mend(
     dilation: list[int],
     transposed: bool,
 ) -> Tensor:
-    """Return ``y``, the zero-padded convolution of ``x``, with what its edges take. It may be changed in place.
+    """Return ``y``, the zero-padded convolution of ``x``, with what its edges take; it may be changed.
 
     Args:
         x: images, ``(batch, channels, *size)``.

@@ -4,6 +4,8 @@
 - `Zeros`: the image is continued by zeros, an operator of a larger torus is applied, and the image is cut
   out of the result. A part of an orthogonal operator has singular values of at most 1: it never expands,
   and it loses what leaves the image.
+- `Walls`: nothing leaves the image. The operator is a zero-padded convolution inside, and another one at
+  the edges, orthogonal on the image itself.
 
 Kernels here are centred. With ``on_torus`` a kernel has one tap for each point of the torus that
 `Boundary.torus` names, and is read modulo its size; without, it is the kernel of an infinite grid.
@@ -27,8 +29,10 @@ from .lattice import Placement, centre, spread
 class Boundary(ABC):
     """What lies beyond the edges of an image."""
 
-    name: ClassVar[str]  # as users and torch's ``padding_mode`` call it
+    name: ClassVar[str]  # as users call it
+    padding_mode: ClassVar[str]  # as torch calls the padding
     is_periodic: ClassVar[bool]  # whether its operators are block diagonal in frequency
+    has_walls: ClassVar[bool] = False  # whether what would leave the image is turned back
 
     @abstractmethod
     def torus(self, domain: Size, extent: Size, stride: Size) -> Size:
@@ -82,7 +86,7 @@ class Boundary(ABC):
             "kernel_size": taps,
             "dilation": dilation,
             "padding": before if before == after else "same",
-            "padding_mode": self.name,
+            "padding_mode": self.padding_mode,
         }
         if geometry.transposed:
             found["output_padding"] = tuple(s - 1 for s in geometry.stride)
@@ -96,7 +100,7 @@ class Boundary(ABC):
 class Circular(Boundary):
     """The image repeats."""
 
-    name = "circular"
+    name = padding_mode = "circular"
     is_periodic = True
 
     def torus(self, domain: Size, extent: Size, stride: Size) -> Size:
@@ -142,7 +146,7 @@ class Circular(Boundary):
 class Zeros(Boundary):
     """The image is continued by zeros."""
 
-    name = "zeros"
+    name = padding_mode = "zeros"
     is_periodic = False
 
     def torus(self, domain: Size, extent: Size, stride: Size) -> Size:
@@ -184,7 +188,30 @@ class Zeros(Boundary):
         return domain is None
 
 
-BOUNDARIES: dict[str, Boundary] = {boundary.name: boundary for boundary in (Circular(), Zeros())}
+@dataclass(frozen=True)
+class Walls(Zeros):
+    """The image is continued by zeros, and what the operator would lose at its edges is turned back."""
+
+    name = "walls"
+    has_walls = True
+
+    def is_torchs(
+        self, taps: Size, geometry: Geometry, dilation: Size, domain: Size | None, smallest: Size | None
+    ) -> bool:
+        """Return False."""
+        return False
+
+    def attributes(self, taps: Size, geometry: Geometry, dilation: Size) -> dict[str, Any]:
+        """Return those of the zero-padded convolution whose edges are mended."""
+        return {
+            "kernel_size": taps,
+            "dilation": dilation,
+            "padding": geometry.placement.origin,
+            "padding_mode": self.padding_mode,
+        }
+
+
+BOUNDARIES: dict[str, Boundary] = {b.name: b for b in (Circular(), Zeros(), Walls())}
 CIRCULAR = BOUNDARIES[Circular.name]
 
 
@@ -204,7 +231,9 @@ def boundary_of(module: Any) -> Boundary | None:
 
     One tap sees no boundary: it counts as circular.
     """
-    return CIRCULAR if max(module.weight.shape[2:]) == 1 else BOUNDARIES.get(module.padding_mode)
+    if max(module.weight.shape[2:]) == 1:
+        return CIRCULAR
+    return {Circular.name: CIRCULAR, Zeros.name: BOUNDARIES[Zeros.name]}.get(module.padding_mode)
 
 
 # Sizes

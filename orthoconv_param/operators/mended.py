@@ -1,0 +1,49 @@
+"""`Mending`: a split kernel between walls, by a zero-padded convolution whose edges are mended."""
+
+from math import inf
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checks import Size
+from ..split.mending import Mended, apply, mended
+from ..torus.geometry import Geometry
+from .operator import Operator
+
+
+class Prepared(NamedTuple):
+    """What is prepared: a kernel between walls, for images of every size."""
+
+    mended: Mended
+    geometry: Geometry
+
+
+class Mending:
+    """Evaluates an operator between walls by its factors."""
+
+    name = "mended"
+
+    def cost(self, operator: Operator, domain: Size, batch: int) -> float:
+        """Return 0 between walls, infinity elsewhere."""
+        return 0.0 if operator.boundary.has_walls else inf
+
+    def prepare(self, operator: Operator, domain: Size) -> Prepared:
+        """Compute the kernel, and what its edges take.
+
+        Raises:
+            ValueError: if something else than `SplitExponential` makes the kernel.
+        """
+        found = operator.weight.factors()
+        if found is None:
+            raise ValueError(
+                "between walls the weight should have no other parametrization than SplitExponential: what "
+                "its edges take comes from its factors. Found another one on top of it"
+            )
+        chain, factors = found
+        dtype = operator.weight.tensors[0].dtype
+        m = mended(chain, factors, operator.geometry.transposed)
+        return Prepared(m.to(dtype), operator.geometry)
+
+    def apply(self, state: Prepared, x: Tensor) -> Tensor:
+        """Apply it to images ``(batch, channels, *size)``."""
+        return apply(state.mended, x, state.geometry)

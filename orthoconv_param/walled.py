@@ -1,0 +1,122 @@
+"""What removal leaves of a split kernel between walls: its weight, its edges, and operations of aten."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .split.mending import Mended, convolve, convolve_transposed, mend, pads
+from .torus.geometry import Geometry, sized
+
+
+def become(module: Any, m: Mended, geometry: Geometry) -> None:
+    """Give a convolution the attributes of a `WalledConvolution`."""
+    parts = [x for line in zip(m.kernels, m.ends, strict=True) for x in line]
+    parts += [x for short in m.shorts for x in short]
+    parts.append(m.frame)
+    requires_grad = module.weight.requires_grad
+    flat = torch.cat([x.detach().flatten() for x in parts])
+    module.edges = nn.Parameter(flat, requires_grad=requires_grad)
+    module.shapes = [[*x.shape] for x in parts]
+    module.lines = [[axis, len(short)] for axis, short in zip(m.axes, m.shorts, strict=True)]
+    module.steps = [
+        [*geometry.stride], pads(tuple(m.weight.shape[2:]), geometry), [*geometry.dilation],
+    ]  # fmt: skip
+
+
+@torch.fx.wrap
+def convolve_walled(
+    input: Tensor,
+    weight: Tensor,
+    edges: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045, TorchScript reads no other
+    shapes: list[list[int]],
+    lines: list[list[int]],
+    steps: list[list[int]],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """Apply a split kernel between walls. `torch.fx` records it as one call, and TorchScript compiles it.
+
+    Args:
+        input: ``(batch, in, *size)``, or ``(in, *size)``.
+        weight: ``(out, in/groups, *taps)``.
+        edges: what they take, in one axis.
+        bias: ``(channels,)``, or None.
+        shapes: of the parts of the edges: kernel and ends of each line, short lines, frame of patches.
+        lines: axis of space, and number of pairs.
+        steps: stride, padding and dilation.
+        groups: of the convolution.
+        transposed: whether it is transposed.
+
+    Raises:
+        ValueError: if the images are not divisible by the stride.
+    """
+    parts: list[Tensor] = []
+    at = 0
+    for shape in shapes:
+        count = 1
+        for n in shape:
+            count *= n
+        parts.append(edges.narrow(0, at, count).reshape(shape))
+        at += count
+    kernels: list[Tensor] = []
+    ends: list[Tensor] = []
+    shorts: list[list[Tensor]] = []
+    axes: list[int] = []
+    first = 2 * len(lines)
+    for i, line in enumerate(lines):
+        axes.append(line[0])
+        kernels.append(parts[2 * i])
+        ends.append(parts[2 * i + 1])
+        shorts.append(parts[first : first + line[1]])
+        first += line[1]
+    stride, padding, dilation = steps[0], steps[1], steps[2]
+    single = input.dim() == len(stride) + 1
+    x = input.unsqueeze(0) if single else input
+    x = sized(x, [0] * len(stride), stride, transposed)
+    if transposed:
+        size = [x.size(axis + 2) * stride[axis] for axis in range(len(stride))]
+        y = convolve_transposed(x, weight, stride, padding, dilation, groups, size)
+    else:
+        y = convolve(x, weight, stride, padding, dilation, groups)
+    y = mend(x, y, kernels, ends, shorts, parts[-1], axes, stride, dilation, transposed)
+    if bias is not None:
+        y = y + bias.reshape([-1] + [1] * len(stride))
+    return y.squeeze(0) if single else y
+
+
+class WalledConvolution(nn.Module):
+    """A convolution that is orthogonal between walls, with an ordinary weight.
+
+    It is no ``nn.Conv2d``: nothing may be folded into its weight alone, since that does not reach its
+    edges. Made by ``torch.nn.utils.parametrize.remove_parametrizations`` of what
+    ``orthogonal(..., method="split", boundary="walls")`` has made. Its parameters are ``weight``, ``edges``
+    and ``bias``. They are free: training them does not keep the operator orthogonal.
+    """
+
+    weight: Tensor
+    edges: Tensor
+    bias: Optional[Tensor]  # noqa: UP045, TorchScript reads no other
+    shapes: list[list[int]]
+    lines: list[list[int]]
+    steps: list[list[int]]
+    groups: int
+    transposed: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply it to images ``(batch, in, *size)`` of every size that the stride divides."""
+        return convolve_walled(
+            input, self.weight, self.edges, self.bias, self.shapes, self.lines, self.steps, self.groups,
+            self.transposed,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Say what ``print`` says of the module."""
+        size = tuple(self.weight.shape)
+        stride, padding, dilation = self.steps
+        return (
+            f"weight={size}, stride={stride}, padding={padding}, dilation={dilation}, "
+            f"groups={self.groups}, transposed={self.transposed}, bias={self.bias is not None}, "
+            "orthogonal between walls"
+        )
