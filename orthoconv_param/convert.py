@@ -142,26 +142,28 @@ def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str
     parametrization = SplitExponential.placed(
         replace(whole, transposed=False), edges.has_walls, owner, context, **options
     )
-    if edges.has_walls and chain.steps:
-        taps = zip(chain.taps, whole.taps, whole.dilation, whole.placement.origin, strict=True)
-        origin = tuple(o if k == before else r * (k // 2) for k, before, r, o in taps)
-        placement = Placement(whole.dilation, origin)
-        reduced = replace(whole, size=(*whole.size[:2], *chain.taps), placement=placement)
-        install(module, parametrization, Action(reduced, edges, None, whole.dilation))
-    elif edges.is_periodic and whole.transposed and chain.steps:
-        install(module, parametrization, Action(whole, edges, None, whole.dilation))
+    taps = zip(chain.taps, whole.taps, whole.dilation, whole.placement.origin, strict=True)
+    origin = tuple(o if k == before else r * (k // 2) for k, before, r, o in taps)
+    placement = Placement(whole.dilation, origin)
+    geometry = replace(whole, size=(*whole.size[:2], *chain.taps), placement=placement)
+    if chain.steps and (edges.has_walls or (edges.is_periodic and whole.transposed)):
+        install(module, parametrization, Action(geometry, edges, None, whole.dilation))
     else:
-        install(module, parametrization, None, **_padding(module, whole, edges))
+        install(module, parametrization, None, **_padding(module, geometry, edges))
 
 
 def _padding(module: Any, geometry: Geometry, edges: Boundary) -> dict[str, Any]:
     """Return the attributes by which torch's own module pads at a boundary as it pads now."""
+    before, after = geometry.placement.origin, geometry.placement.after(geometry.taps)
+    found: dict[str, Any] = {"kernel_size": geometry.taps}
+    if geometry.taps != tuple(module.kernel_size):
+        found["padding"] = before
     if geometry.transposed:  # torch knows one padding of these
-        return {}
-    before = geometry.placement.origin
-    after = geometry.placement.after(geometry.taps) if module.padding == "same" else before
+        return found
+    if module.padding != "same":
+        after = before
     sides = [n for side in zip(before[::-1], after[::-1], strict=True) for n in side]
-    return {"padding_mode": edges.padding_mode, runtime.REPEATED_PADDING: sides}
+    return {**found, "padding_mode": edges.padding_mode, runtime.REPEATED_PADDING: sides}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from . import runtime
 from .checks import Size
 from .parametrizations.blocks import Block, Blocks
-from .parametrizations.exponential import ConvExponential
+from .parametrizations.registered import Registered
 from .torus.geometry import CONVOLUTIONS
 
 Select: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -45,9 +45,9 @@ def generators(model: nn.Module) -> list[nn.Parameter]:
         if not isinstance(parametrizations, ParametrizationList):
             continue
         free = list(parametrizations.parameters(recurse=False))
-        if not any(isinstance(p, ConvExponential) for p in parametrizations):
-            # a parametrization that has the exponential as a part takes the generator first
-            inside = any(isinstance(p, ConvExponential) for p in parametrizations.modules())
+        if not any(isinstance(p, Registered) for p in parametrizations):
+            # a parametrization that has one of these as a part takes the generator first
+            inside = any(isinstance(p, Registered) for p in parametrizations.modules())
             free = free[:1] if inside else []
         found |= {id(parameter): parameter for parameter in free}
     return list(found.values())
@@ -70,7 +70,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
-        if not isinstance(module, (ConvExponential, Blocks))
+        if not isinstance(module, (Registered, Blocks))
         for name, buffer in runtime.buffers_of(module).items()
         if buffer is not None
     ]

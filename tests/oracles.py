@@ -97,3 +97,46 @@ def defect(M: Tensor) -> float:
 
 def random(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def between_walls(operator, domain: tuple[int, ...], dtype=torch.float64) -> Tensor:
+    """The matrix of a split kernel between walls: the product of its factors, pixel by pixel."""
+    chain, factors = operator.weight.factors()
+    if factors.coins[0].is_complex():
+        dtype = torch.promote_types(dtype, torch.complex64)
+    dilation = operator.geometry.dilation
+    stride = operator.geometry.stride
+    shape = (chain.groups * chain.columns, *domain)
+    columns = int(np.prod(shape))
+    images = torch.eye(columns, dtype=dtype).reshape(columns, *shape)
+    results = []
+    for g, x in enumerate(images.split(chain.columns, 1)):
+        coins = [coin[g].detach().to(dtype) for coin in factors.coins]
+        pairs = [pair.detach().to(dtype) for pair in factors.pairs[g]]
+        last = coins.pop()
+        x = torch.einsum("ij,bj...->bi...", coins[0], x)
+        for step, coin in zip(chain.steps, [*coins[1:], None], strict=True):
+            x = pair_between_walls(x, pairs.pop(0), 2 + step.axis, dilation[step.axis])
+            if coin is not None:
+                x = torch.einsum("ij,bj...->bi...", coin, x)
+        # the last coin reads the patch at each coarse pixel
+        patch = last.unflatten(1, (-1, *chain.patch))
+        taken = torch.zeros(
+            len(x), len(last), *(n // s for n, s in zip(domain, stride, strict=True)), dtype=dtype
+        )
+        for place in np.ndindex(*chain.patch):
+            samples = x[(..., *(slice(p, None, s) for p, s in zip(place, stride, strict=True)))]
+            taken += torch.einsum("ij,bj...->bi...", patch[(..., *place)], samples)
+        results.append(taken)
+    return torch.cat(results, 1).flatten(1).mT
+
+
+def pair_between_walls(x: Tensor, pair: Tensor, axis: int, spacing: int) -> Tensor:
+    """Each ``A`` with the ``B`` at the next pixel of its line; what has no partner is left alone."""
+    half, y = x.shape[1] // 2, x.clone()
+    for p in range(x.shape[axis] - spacing):
+        A, B = x.select(axis, p)[:, :half], x.select(axis, p + spacing)[:, half:]
+        joint = torch.einsum("ij,bj...->bi...", pair, torch.cat([A, B], 1))
+        y.select(axis, p)[:, :half] = joint[:, :half]
+        y.select(axis, p + spacing)[:, half:] = joint[:, half:]
+    return y

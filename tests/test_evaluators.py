@@ -6,6 +6,7 @@ parametrization, or stack of them, is an entry in `KINDS`.
 """
 
 import copy
+import operator
 from functools import cache, partial
 from math import inf, prod
 
@@ -13,18 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import evaluated
-from oracles import dense, fed, random
+from oracles import between_walls, dense, fed, random
 from test_conversion import make
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
 
 from orthoconv_param import orthogonal, retrofit, set_orthogonality
+from orthoconv_param.convert import geometry_of
 from orthoconv_param.module import operator_of
 from orthoconv_param.operators import evaluate
-from orthoconv_param.operators.operator import Operator
-from orthoconv_param.operators.weight import Fixed
-from orthoconv_param.torus.boundary import BOUNDARIES
+from orthoconv_param.operators.operator import Action, Operator
+from orthoconv_param.operators.weight import Fixed, Parametrized
+from orthoconv_param.torus.boundary import BOUNDARIES, boundary_named
 
 # torch's own convolution says so, before it is made orthogonal
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -106,6 +108,10 @@ KINDS = {  # of a convolution, its domain, images of that and a boundary
     "given, removed": lambda conv, domain, x, boundary: removed(
         orthogonal(conv, domain=domain, boundary=boundary)
     ),
+    "split": lambda conv, domain, x, boundary: orthogonal(conv, method="split", boundary=boundary),
+    "split, removed": lambda conv, domain, x, boundary: removed(
+        orthogonal(conv, method="split", boundary=boundary)
+    ),
 }
 
 
@@ -118,8 +124,13 @@ class Evaluated(nn.Module):
 
     @property
     def operator(self):
-        # what removal leaves may be of torch's own class, which has none
-        return operator_of(self.module) or Operator(self.action, Fixed(self.module.weight))
+        found = operator_of(self.module)
+        if found is not None:
+            return found
+        # of torch's own class, which has none
+        if parametrize.is_parametrized(self.module):
+            return Operator(self.action, Parametrized(self.module.parametrizations["weight"]))
+        return Operator(self.action, Fixed(self.module.weight))
 
     def domain(self, x):
         return self.action.geometry.domain(tuple(x.shape[2:]))
@@ -149,13 +160,22 @@ def fixture(kind, boundary, geometry, dtype=None):
     action = []
 
     def noted(module, *_):
-        action.append(module.operator.action)
+        found = operator_of(module)
+        plain = Action(geometry_of(module), boundary_named(boundary), None, tuple(module.dilation))
+        action.append(plain if found is None else found.action)
 
     def move(module):
         with torch.no_grad():
             for i, X in enumerate(module.parameters()):
                 X.add_(0.05 * random(*X.shape, dtype=X.dtype, seed=i))
 
+    if kind.startswith("split"):
+        try:
+            orthogonal(copy.deepcopy(conv), method="split", boundary=boundary)
+        except ValueError as refused:  # one channel in a group, or a wall that cuts patches
+            pytest.skip(str(refused))
+        if kind.endswith(", removed") and boundary == "walls":
+            pytest.skip("is no operator any more: see test_split.py")
     if kind.endswith(", removed"):  # after a step, and with the kernel that this leaves
         module = KINDS[kind.removesuffix(", removed")](conv, domain, x, boundary)
         noted(module)
@@ -163,9 +183,23 @@ def fixture(kind, boundary, geometry, dtype=None):
         removed(module)
     else:
         module = KINDS[kind](conv, domain, x, boundary)
+        if boundary == "walls" and operator_of(module) is None:
+            pytest.skip("patches alone, which no wall cuts: torch's own convolution")
         noted(module)
         move(module)
     every = action[0].domain is None
+    if kind.startswith("split") and boundary == "circular":  # torch pads no image by more than its size
+        others = [
+            n
+            for n in others
+            if all(
+                map(
+                    operator.ge,
+                    n,
+                    (k // 2 * r for k, r in zip(conv.kernel_size, conv.dilation, strict=True)),
+                )
+            )
+        ]
     return Evaluated(module, action[0]), [domain, *others] if every else [domain]
 
 
@@ -207,13 +241,17 @@ def between_zeros(kernel, domain, stride, groups, dilation, on_torus):
     return y.reshape(columns, -1).mT
 
 
-ORACLES = {"circular": around, "zeros": between_zeros}
+ORACLES = {"circular": around, "zeros": between_zeros, "walls": between_walls}
 
 
 def exact(subject, domain, kernel=None):
-    """The matrix of an operator by its kernel alone."""
+    """The matrix of an operator by its kernel alone, between walls by its factors."""
     action = subject.action
     geometry = action.geometry
+    if action.boundary.has_walls:
+        dtype = torch.float64 if kernel is None else kernel.dtype
+        M = between_walls(subject.operator, domain, dtype)
+        return M.mT if geometry.transposed else M
     kernel = subject.module.weight.detach() if kernel is None else kernel
     oracle = ORACLES[action.boundary.name]
     M = oracle(kernel, domain, geometry.stride, geometry.groups, action.dilation, action.domain is not None)
@@ -234,10 +272,32 @@ def pushed(function, subject, domain):
     return y.flatten(1).mT
 
 
-every_evaluator = pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
-every_boundary = pytest.mark.parametrize("boundary", BOUNDARIES)
-every_kind = pytest.mark.parametrize(
-    "kind", [k if k in ("any", "given") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+def ways(*kinds):
+    """Boundaries, and kinds of operators that there are with them.
+
+    Between zeros split kernels are torch's own zero-padded ones.
+    """
+    split = {"circular": (True, False), "zeros": (False,), "walls": (True,)}
+    return [(b, k) for b in BOUNDARIES for k in kinds if k.startswith("split") in split[b]]
+
+
+def slow_if(condition, *values):
+    return pytest.param(*values, marks=pytest.mark.slow if condition else ())
+
+
+def able(boundary):
+    """Evaluators of the operators with a boundary, whatever their cost: see `CANNOT`."""
+    return [e for e in evaluate.EVALUATORS if (e.name == "mended") == (boundary == "walls")]
+
+
+OFTEN = ("any", "given", "split")
+every_operator = pytest.mark.parametrize(
+    ("boundary", "kind"), [slow_if(k not in OFTEN, b, k) for b, k in ways(*KINDS)]
+)
+every_way = pytest.mark.parametrize(
+    ("evaluator", "boundary", "kind"),
+    [slow_if(k not in OFTEN, e, b, k) for b, k in ways(*KINDS) for e in able(b)],
+    ids=lambda value: getattr(value, "name", value),
 )
 
 
@@ -245,9 +305,7 @@ every_kind = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@every_kind
-@every_boundary
-@every_evaluator
+@every_way
 def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
     for domain in domains:
@@ -256,26 +314,27 @@ def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geome
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@every_kind
-@every_boundary
+@every_operator
 def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
-    module, operator = subject.module, subject.operator
+    module, acting = subject.module, subject.operator
     for domain in domains:
-        costs = {e.name: e.cost(operator, domain, 2) for e in evaluate.EVALUATORS}
+        costs = {e.name: e.cost(acting, domain, 2) for e in evaluate.EVALUATORS}
         assert all(cost >= 0 for cost in costs.values())
         least = min(costs.values())
         assert least < inf
-        assert costs[evaluate.choose(operator, domain, 2).name] == least
-        M = pushed(lambda x, n=domain: evaluate.evaluate(operator, x, n), subject, domain)
+        assert costs[evaluate.choose(acting, domain, 2).name] == least
+        M = pushed(lambda x, n=domain: evaluate.evaluate(acting, x, n), subject, domain)
         close(M, exact(subject, domain))
+        if operator_of(module) is None and kind.startswith("split"):
+            continue  # torch's own, whose taps may stand elsewhere
         x = images(subject, domain)
         bias = module.bias.reshape(-1, *(1,) * len(domain))
-        close(module(x), evaluate.evaluate(operator, x, domain) + bias)
+        close(module(x), evaluate.evaluate(acting, x, domain) + bias)
 
 
 # What these cannot they never pay for, or cannot be exported: what they compute is right there too.
-ALWAYS_ABLE = {"direct", "spectral"}
+ALWAYS_ABLE = {"direct", "spectral", "mended"}
 # Situations, and the evaluators whose cost is infinite there: of every other it is finite.
 CANNOT = {
     ("any", "2d", (30, 30)): set(),
@@ -293,13 +352,21 @@ CANNOT = {
 
 
 @pytest.mark.parametrize(("kind", "geometry", "domain"), CANNOT)
-@every_boundary
-@every_evaluator
+@pytest.mark.parametrize("boundary", ["circular", "zeros"])
+@pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
 def test_its_cost_is_infinite_exactly_where_it_cannot(evaluator, boundary, kind, geometry, domain):
     subject, _ = fixture(kind, boundary, geometry)
-    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain]
+    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain] or evaluator.name == "mended"
     for batch in (0, 1, 1000):
         assert subject.by(evaluator).can(domain, batch) != cannot
+
+
+@pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
+def test_between_walls_one_alone_can(evaluator):
+    subject, domains = fixture("split", "walls", "2d")
+    for domain in domains:
+        for batch in (0, 1, 1000):
+            assert subject.by(evaluator).can(domain, batch) == (evaluator.name == "mended")
 
 
 def test_the_contract_is_that_of_all_there_is():
@@ -340,18 +407,14 @@ def of_everything(subject):
 
 @pytest.mark.parametrize("geometry", TINY)
 @pytest.mark.parametrize(
-    "kind",
+    ("evaluator", "boundary", "kind"),
     [
-        "any",
-        "given",
-        *(
-            pytest.param(k, marks=pytest.mark.slow)
-            for k in ("annealed", "blocks", "any, stacked", "any, removed")
-        ),
+        slow_if(k not in OFTEN, e, b, k)
+        for b, k in ways("any", "given", "annealed", "blocks", "any, stacked", "any, removed", "split")
+        for e in able(b)
     ],
+    ids=lambda value: getattr(value, "name", value),
 )
-@every_boundary
-@every_evaluator
 def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometry):
     """By images, generator and rest."""
     subject = fixture(kind, boundary, geometry)[0].by(evaluator)
@@ -363,9 +426,7 @@ def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometr
 
 
 @pytest.mark.parametrize("geometry", SOME)
-@every_kind
-@every_boundary
-@every_evaluator
+@every_way
 def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boundary, kind, geometry):
     subject, (domain, *_) = fixture(kind, boundary, geometry)
     subject = subject.by(evaluator)
@@ -390,8 +451,7 @@ def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boun
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@every_kind
-@every_boundary
+@every_operator
 def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
     """In single precision, in which decisions are others."""
     if geometry in TINY:
@@ -401,7 +461,7 @@ def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
     domain = tuple(3 * n for n in domains[0]) if len(domains) > 1 else domains[0]
     x = images(subject, domain).requires_grad_()
     outcomes = []
-    for evaluator in evaluate.EVALUATORS:
+    for evaluator in able(boundary):
         y = subject.by(evaluator)(x)
         real = torch.view_as_real(y) if y.is_complex() else y
         outcomes.append([y, *torch.autograd.grad(real.sin().sum(), [x, *leaves(subject).values()])])
@@ -414,9 +474,7 @@ def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
 
 
 @pytest.mark.parametrize("geometry", SOME)
-@every_kind
-@every_boundary
-@every_evaluator
+@every_way
 def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
     for domain in domains:
@@ -433,9 +491,7 @@ def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geo
 
 
 @pytest.mark.parametrize("geometry", [*SOME, "3d"])
-@every_kind
-@every_boundary
-@every_evaluator
+@every_way
 def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geometry, monkeypatch):
     """Batches, single images, none at all; in the memory format that they had, and the weight's dtype."""
     evaluated(monkeypatch, evaluator.name)
@@ -457,9 +513,7 @@ def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geomet
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("geometry", ["1d, even", "2d", "2d, transposed, strided, groups"])
-@every_kind
-@every_boundary
-@every_evaluator
+@every_way
 def test_half_precision_is_as_exact_as_its_rounding(evaluator, boundary, kind, geometry, dtype):
     subject, domains = fixture(kind, boundary, geometry, torch.float32)
     subject = copy.deepcopy(subject).to(dtype).by(evaluator)

@@ -472,7 +472,7 @@ def test_what_removal_leaves_refuses_other_sizes_compiled_or_not(geometry):
     if module.action.domain is not None or (max(taken.stride) > 1 and not taken.transposed):
         other = torch.randn(1, x.shape[1], *(n + 1 for n in x.shape[2:]))
         for subject in (module, scripted, traced):
-            with pytest.raises((ValueError, torch.jit.Error), match="size|domain"):
+            with pytest.raises((ValueError, torch.jit.Error), match=r"size|domain"):
                 subject(other)
     weight = module.weight.detach()
     module.weight = nn.Parameter(weight[..., : max(1, weight.shape[-1] - 2)].clone())

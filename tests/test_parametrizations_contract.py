@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from orthoconv_param import ConvExponential
+from orthoconv_param import ConvExponential, SplitExponential
 from orthoconv_param.parametrizations.annealed import Annealed
 from orthoconv_param.parametrizations.blocks import Blocks
 from orthoconv_param.parametrizations.registered import Registered
@@ -81,6 +81,7 @@ KINDS = {  # what makes it, and t: its operator's singular values are (those tha
     "annealed, t=1": (ON_DOMAIN, 1.0),
     "blocks": (in_blocks(ConvExponential), 1.0),
     "blocks, annealed, t=0.5": (in_blocks(Annealed), 0.5),
+    "split": (lambda size, stride, groups: SplitExponential(stride=stride, groups=groups), 1.0),
 }
 
 
@@ -124,6 +125,10 @@ class Subject:
         return self.kind == "any"
 
     @property
+    def is_split(self):
+        return self.kind == "split"
+
+    @property
     def scale(self):
         """Of weights and steps: where taps depend on the norm there are to be few."""
         return 0.3 if self.is_compact else 1.0
@@ -150,7 +155,8 @@ class Subject:
     def check(self, tolerance=None):
         """Check the singular values."""
         tolerance = tolerance or TOLERANCE[self.dtype]
-        domains = [None, OTHER_DOMAINS[len(self.size) - 2]] if self.is_compact else [None]
+        everywhere = self.is_compact or self.is_split
+        domains = [None, OTHER_DOMAINS[len(self.size) - 2]] if everywhere else [None]
         for domain in domains:
             for now, first in zip(
                 self.parts(self.weight, domain), self.parts(self.assigned, domain), strict=True
@@ -261,6 +267,10 @@ def test_what_is_assigned_is_read_back_if_it_is_one_and_projected_if_not(kind, g
         it.holder.weight = it.assigned = W
         it.t = it.t if it.t == 1 else 0.0  # that is where annealing starts again
         it.check()
+        if it.is_split:  # no farther than others, of which the nearest is not known
+            others = [it.parametrization.sample("uniform") for _ in range(20)]
+            assert (it.weight - W).norm() < min((other - W).norm() for other in others)
+            continue
         for M, first in zip(it.parts(it.weight), it.parts(W), strict=True):
             if it.is_compact:  # W is the generator
                 if M.shape[0] == M.shape[1] and it.stride == 1:
@@ -317,7 +327,10 @@ def test_updating_the_base_keeps_the_weight(kind, geometry, dtype):
     originals, bases = it.originals, [p.base for p in it.exponentials]
     geotorch.utils.update_base(it.holder, "weight")
     close(it.weight, K, atol=TOLERANCE[dtype], rtol=0)
-    assert not originals[0].any()
+    if it.is_split:  # pairs have no base
+        assert not any(X.any() for X in it.parametrization.chain.split(originals[0])[0])
+    else:
+        assert not originals[0].any()
     assert all(a is b for a, b in zip(it.originals, originals, strict=True))
     assert all(p.base is base for p, base in zip(it.exponentials, bases, strict=True))
     it.assigned, it.t = K, it.t if it.t == 1 else 0.0

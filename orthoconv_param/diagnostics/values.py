@@ -222,6 +222,11 @@ def on_torus(module: Any, domain: Size) -> OnTorus:
     if any(n % s for n, s in zip(domain, geometry.stride, strict=True)):
         raise ValueError(f"domain should be divisible by the stride {geometry.stride}. Found {domain}")
     boundary = operator.boundary if operator is not None else boundary_of(module)
+    if boundary is not None and boundary.has_walls:
+        raise ValueError(
+            "convolution should be periodic, or between zeros, so that it has a spectrum: between walls "
+            "what it does depends on the place, and singular_values measures it. Found walls"
+        )
     if boundary is None:
         raise ValueError(
             "convolution should be periodic, or between zeros, so that it has a spectrum. "

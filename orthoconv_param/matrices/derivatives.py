@@ -39,9 +39,10 @@ def _expm(A: Tensor, norm: float | None = None) -> Tensor:
     fused = _fused(A)
     if fused is not None:
         return fused.expm(A)
-    if A.shape[-1] == 2:
-        return in_pieces(expm_2x2, A)
-    return in_pieces(lambda A: expm_batch(A, norm), A)
+    with runtime.no_autocast(A.device.type):
+        if A.shape[-1] == 2:
+            return in_pieces(expm_2x2, A)
+        return in_pieces(lambda A: expm_batch(A, norm), A)
 
 
 @torch.library.custom_op("orthoconv_param::expm_skew_vjp", mutates_args=())
@@ -49,9 +50,10 @@ def _expm_vjp(A: Tensor, G: Tensor, norm: float | None = None) -> Tensor:
     fused = _fused(A)
     if fused is not None:
         return fused.expm_vjp(A, G)
-    if A.shape[-1] == 2:
-        return in_pieces(vjp_2x2, A, G)
-    return in_pieces(lambda A, G: vjp_batch(A, G, norm), A, G)
+    with runtime.no_autocast(A.device.type):
+        if A.shape[-1] == 2:
+            return in_pieces(vjp_2x2, A, G)
+        return in_pieces(lambda A, G: vjp_batch(A, G, norm), A, G)
 
 
 @_expm.register_fake

@@ -206,18 +206,18 @@ def _axis(geometry: Geometry, axis: int, between_walls: bool) -> _Axis:
     """
     k, s = geometry.taps[axis], geometry.stride[axis]
     r, origin = geometry.dilation[axis], geometry.placement.origin[axis]
-    s //= gcd(s, r)  # samples that are never read count for nothing
-    if s == 1:
-        k -= between_walls and k % 2 == 0
-        steps = [Step(axis, True)] * ((k - 1) // 2)
-        return _Axis(k, 0, 1, [*steps, *[Step(axis, False)] * (k % 2 == 0)])
     before = origin // r
-    if between_walls and (r > 1 or not 0 <= before <= max(0, k - s)):
+    if between_walls and s > 1 and (r > 1 or not 0 <= before <= max(0, k - s)):
         padding = max(0, -(-(k - s) // 2))
         raise ValueError(
             f"with a stride of {s}, a wall cuts the patches of a kernel of {k} taps, dilation {r} and "
             f'padding {origin}: use padding={padding} and dilation=1, or boundary="circular"'
         )
+    s //= gcd(s, r)  # samples that are never read count for nothing
+    if s == 1:
+        k -= between_walls and k % 2 == 0
+        steps = [Step(axis, True)] * ((k - 1) // 2)
+        return _Axis(k, 0, 1, [*steps, *[Step(axis, False)] * (k % 2 == 0)])
     # on a torus every place is as good as any other
     before = min(before, max(0, k - s))
     pairs = max(0, min(before, k - s - before))

@@ -10,12 +10,13 @@ kernels of the axes are then multiplied, each tap of one with each of the other.
 """
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..matrices import by_hand
 from .chain import Chain, Factors
 
 
@@ -40,7 +41,7 @@ class Line(NamedTuple):
         """Return the kernel, ``(groups, rows, taps, columns)``."""
         K = self.right.unsqueeze(2)
         for pair, coin in self.pairs:
-            K = joined(K, pair, coin, self.half)
+            K = joined(K, pair, coin)
         return K if self.shift is None else shifted(K, self.shift, self.half)
 
 
@@ -62,24 +63,87 @@ def lines(chain: Chain, factors: Factors) -> list[Line]:
     return found
 
 
-def joined(K: Tensor, pair: Tensor, coin: Tensor, half: int) -> Tensor:
+def joined(K: Tensor, pair: Tensor, coin: Tensor) -> Tensor:
     """Return the kernel ``C L O L^H K``, two taps longer.
 
     Args:
         K: ``(groups, m, taps, columns)``.
         pair: ``O``, ``(groups, m, m)``.
         coin: ``C``, ``(groups, rows, m)``.
-        half: channels in ``A``.
     """
-    D_A, D_B = coin[..., :half] @ pair[:, :half], coin[..., half:] @ pair[:, half:]
-    # taps of K_A stay or move a tap back, those of K_B stay or move a tap on
-    of_A = torch.cat([D_A[..., :half], D_B[..., :half]], 1) @ K[:, :half].flatten(2)
-    of_B = torch.cat([D_B[..., half:], D_A[..., half:]], 1) @ K[:, half:].flatten(2)
-    stay_A, back = of_A.unflatten(2, K.shape[2:]).chunk(2, 1)
-    stay_B, on = of_B.unflatten(2, K.shape[2:]).chunk(2, 1)
-    if K.shape[2] == 1:
-        return torch.cat([back, stay_A + stay_B, on], 2)
-    return F.pad(back, (0, 0, 0, 2)) + F.pad(stay_A + stay_B, (0, 0, 1, 1)) + F.pad(on, (0, 0, 2, 0))
+    return by_hand.apply(_JOINED, K, pair, coin)
+
+
+class _Joined:
+    """The rule of `joined`. ``V_A`` and ``V_B`` hold the matrices of ``K_A`` and ``K_B`` one over the other.
+
+    First stand those of the taps that stay, then of those that move: ``K_A`` a tap back, ``K_B`` a tap on.
+    """
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """Return the kernel."""
+        K, pair, coin = inputs
+        half = K.shape[1] // 2
+        of_A, of_B = (
+            (V @ rows.flatten(2)).unflatten(2, K.shape[2:])
+            for V, rows in zip(self._matrices(pair, coin), (K[:, :half], K[:, half:]), strict=True)
+        )
+        stay_A, back = of_A.chunk(2, 1)
+        stay_B, on = of_B.chunk(2, 1)
+        stay = F.pad(stay_A + stay_B, (0, 0, 1, 1))
+        return stay + F.pad(back, (0, 0, 0, 2)) + F.pad(on, (0, 0, 2, 0))
+
+    def value(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the kernel, ``V_A`` and ``V_B``."""
+        K, pair, coin = inputs
+        half, taps, rows = K.shape[1] // 2, K.shape[2], coin.shape[1]
+        V_A, V_B = self._matrices(pair, coin)
+        of_A = (V_A @ K[:, :half].flatten(2)).unflatten(2, K.shape[2:])
+        of_B = (V_B @ K[:, half:].flatten(2)).unflatten(2, K.shape[2:])
+        result = K.new_empty(K.shape[0], rows, taps + 2, K.shape[3])
+        if taps == 1:
+            result[:, :, :1], result[:, :, 2:] = of_A[:, rows:], of_B[:, rows:]
+            torch.add(of_A[:, :rows], of_B[:, :rows], out=result[:, :, 1:2])
+        else:
+            result[:, :, 0] = result[:, :, -1] = 0
+            torch.add(of_A[:, :rows], of_B[:, :rows], out=result[:, :, 1:-1])
+            result[:, :, :-2] += of_A[:, rows:]
+            result[:, :, 2:] += of_B[:, rows:]
+        return result, (V_A, V_B)
+
+    def gradient(
+        self, G: Tensor, inputs: tuple[Tensor, ...], kept: tuple[Tensor, ...], needed: tuple[bool, ...]
+    ) -> Any:
+        """Return the gradients by ``K``, the pair and the coin."""
+        K, pair, coin = inputs
+        V_A, V_B = kept
+        half, taps, rows = K.shape[1] // 2, K.shape[2], coin.shape[1]
+        G_A = torch.cat([G[:, :, 1:-1], G[:, :, :taps]], 1).flatten(2)
+        G_B = torch.cat([G[:, :, 1:-1], G[:, :, 2:]], 1).flatten(2)
+        dV_A = G_A @ _adjoint(K[:, :half].flatten(2))
+        dV_B = G_B @ _adjoint(K[:, half:].flatten(2))
+        dK = None
+        if needed[0]:
+            dK = torch.cat([_adjoint(V_A) @ G_A, _adjoint(V_B) @ G_B], 1).view(K.shape)
+        dD_A = torch.cat([dV_A[:, :rows], dV_B[:, rows:]], 2)
+        dD_B = torch.cat([dV_A[:, rows:], dV_B[:, :rows]], 2)
+        dcoin = torch.cat([dD_A @ _adjoint(pair[:, :half]), dD_B @ _adjoint(pair[:, half:])], 2)
+        dpair = torch.cat([_adjoint(coin[..., :half]) @ dD_A, _adjoint(coin[..., half:]) @ dD_B], 1)
+        return dK, dpair, dcoin
+
+    @staticmethod
+    def _matrices(pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
+        half = pair.shape[1] // 2
+        D_A, D_B = coin[..., :half] @ pair[:, :half], coin[..., half:] @ pair[:, half:]
+        V_A = torch.cat([D_A[..., :half], D_B[..., :half]], 1)
+        return V_A, torch.cat([D_B[..., half:], D_A[..., half:]], 1)
+
+
+_JOINED = _Joined()
+
+
+def _adjoint(X: Tensor) -> Tensor:
+    return X.mH.resolve_conj() if X.is_complex() else X.mT
 
 
 def shifted(K: Tensor, coin: Tensor, half: int) -> Tensor:
@@ -93,21 +157,31 @@ def shifted(K: Tensor, coin: Tensor, half: int) -> Tensor:
 
 def kernel(chain: Chain, factors: Factors) -> Tensor:
     """Return the weight ``(out, in/groups, *taps)``."""
-    return multiplied(chain, factors, [(line.axis, line.kernel()) for line in lines(chain, factors)])
+    return weight(chain, factors, lines(chain, factors))
 
 
-def multiplied(chain: Chain, factors: Factors, of_lines: list[tuple[int, Tensor]]) -> Tensor:
-    """Return the weight whose lines have these kernels.
+def weight(
+    chain: Chain, factors: Factors, of_lines: list[Line], kernels: list[Tensor] | None = None
+) -> Tensor:
+    """Return the weight that is the product of lines.
 
     Args:
         chain: of the factors.
         factors: themselves.
-        of_lines: axis of space and kernel of each line, in the order in which they act.
+        of_lines: in the order in which they act.
+        kernels: of the lines, if they are known.
     """
     axes, sizes = len(chain.taps), [1] * len(chain.taps)
     W = None  # (groups, rows, taps, columns), the taps of axes that act later before those of earlier ones
-    for axis, K in of_lines:
-        sizes[axis] = K.shape[2]
+    for i, line in enumerate(of_lines):
+        if W is not None and len(line.pairs) == 1 and line.shift is None:
+            # fewer products than by all taps of both
+            columns = W.shape[3]
+            W = joined(W.flatten(2).unsqueeze(2), *line.pairs[0]).unflatten(3, (-1, columns)).flatten(2, 3)
+            sizes[line.axis] = 3
+            continue
+        K = line.kernel() if kernels is None else kernels[i]
+        sizes[line.axis] = K.shape[2]
         W = K if W is None else _times(K, W)
     if chain.is_strided or W is None:
         frame = factors.coins[-1].unflatten(2, (-1, prod(chain.patch))).mT

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checks import Size
 from ..torus.geometry import Geometry
 from .chain import Chain, Factors
-from .compose import lines, multiplied
+from .compose import lines, weight
 from .walls import Walled, between_walls
 
 
@@ -56,16 +56,17 @@ class Mended(NamedTuple):
 
 def mended(chain: Chain, factors: Factors, transposed: bool) -> Mended:
     """Return a kernel between walls, or its transpose."""
-    walled = [between_walls(line) for line in lines(chain, factors)]
-    weight = multiplied(chain, factors, [(line.axis, line.kernel) for line in walled])
-    frame = weight.new_empty(0)
+    of_lines = lines(chain, factors)
+    walled = [between_walls(line) for line in of_lines]
+    W = weight(chain, factors, of_lines, [line.kernel for line in walled])
+    frame = W.new_empty(0)
     if chain.is_strided and walled:
         frame = factors.coins[-1].flatten(0, 1).unflatten(1, (-1, *chain.patch)).contiguous()
     if transposed:
         walled = [_transposed(line) for line in reversed(walled)]
     kernels = [line.kernel.transpose(2, 3).flatten(0, 1).contiguous() for line in walled]
     return Mended(
-        weight, kernels, [line.ends for line in walled], [[*line.short] for line in walled], frame,
+        W, kernels, [line.ends for line in walled], [[*line.short] for line in walled], frame,
         [line.axis for line in walled],
     )  # fmt: skip
 

@@ -94,9 +94,8 @@ def _canonical(chain: Chain, coins: list[Tensor], pairs: list[Tensor]) -> Peeled
     bases = [polar_frame(C.resolve_conj()) for C in coins]
     m, a = chain.channels, half
     if not found:
-        like = bases[0]
-        empty = like.new_empty(chain.groups, 0, a, a)
-        return Peeled(bases, empty.real[..., 0], like.new_empty(chain.groups, 0, m - a, a), empty)
+        none = [bases[0].new_empty(chain.groups, 0, *size) for size in ((a,), (m - a, a), (a, a))]
+        return Peeled(bases, none[0].real, *none[1:])
     return Peeled(bases, *(torch.stack(parts, 1) for parts in zip(*found, strict=True)))
 
 

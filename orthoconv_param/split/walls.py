@@ -46,7 +46,7 @@ def between_walls(line: Line) -> Walled:
     for pair, coin in line.pairs:
         first = _end(first, K, pair, coin, B, A)
         last = _end(last, K.flip(2), pair, coin, A, B)
-        K = joined(K, pair, coin, line.half)
+        K = joined(K, pair, coin)
     ends = torch.stack([_matrix(first), _matrix(last.flip(2, 3))])
     short = tuple(_matrix(_short(line, K, n)) for n in range(1, len(line.pairs) + 1))
     return Walled(line.axis, K, ends, short)
