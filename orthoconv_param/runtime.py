@@ -147,6 +147,11 @@ def owned(x: Tensor, memory_format: torch.memory_format = torch.contiguous_forma
     return x if alone else x.clone(memory_format=memory_format)
 
 
+def reshaped(x: Tensor, size: torch.Size) -> Tensor:
+    """Return a contiguous tensor in another shape that counts as no view: see `owned`."""
+    return torch.ops.aten._unsafe_view(x, size)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Return the memory format of images, which a convolution keeps. Under ``vmap`` torch does not tell."""
     if not is_compiling() and is_batched(x):

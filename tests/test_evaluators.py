@@ -500,7 +500,7 @@ def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geomet
     x = images(subject, domain, batch=3)
     y = module(x)
     assert y.dtype == x.dtype
-    assert y.is_contiguous()
+    assert y.is_contiguous() or operator_of(module) is None  # torch's own class
     close(y - module.bias.reshape(-1, *(1,) * axes), subject.by(evaluator)(x))
     close(module(x[1]), y[1])
     assert module(x[:0]).shape == (0, *y.shape[1:])

@@ -1,18 +1,19 @@
-"""Functions with a first derivative that is written by hand, and everything else by automatic differentiation.
+"""Functions whose gradient is written by hand, and of which torch makes all other derivatives.
 
-A rule has a plain form, of torch's differentiable operations, and a faster form of its value and gradient. The
-faster one is taken where nothing but a backward pass asks for derivatives; forward mode, transforms, second
-derivatives and compilers see the plain one.
+A rule has a plain form, of torch's differentiable operations, and a faster form of its value and gradient.
+The faster one is taken where nothing but a backward pass asks for derivatives. Forward mode, transforms,
+second derivatives and compilers see the plain one.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import runtime
 
-Tensors = tuple[Tensor, ...]
+Tensors: TypeAlias = Sequence[Tensor]
 
 
 class Rule(Protocol):
@@ -23,10 +24,10 @@ class Rule(Protocol):
         ...
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
-        """Return the value, and what its gradient needs besides the inputs. Nothing is differentiated here."""
+        """Return the value, and what its gradient needs besides the inputs; nothing is recorded."""
         ...
 
-    def gradient(self, G: Tensor, inputs: Tensors, kept: Tensors, needed: tuple[bool, ...]) -> Any:
+    def gradient(self, G: Tensor, inputs: Tensors, kept: Tensors, needed: Sequence[bool]) -> Any:
         """Return the gradients by the inputs, of those that are needed."""
         ...
 

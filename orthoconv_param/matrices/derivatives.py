@@ -4,6 +4,7 @@ The registered operators compute its value and its gradient. The autograd Functi
 either mode and to second order. For small matrices on a GPU the operators run the kernels of `fused`.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from .batches import in_pieces
+from . import by_hand
+from .batches import flatten, in_pieces
 from .closed_forms import expm_2x2, vjp_2x2
 from .products import product, skew
-from .squaring import expm_batch, vjp_batch
+from .squaring import expm_and_keep, expm_batch, vjp_batch, vjp_of_kept
+
+_KEPT_BYTES = 2**21  # of the matrices; ten times as much is kept until the backward pass
 
 
 def exponential(A: Tensor, norm: float | None = None) -> Tensor:
@@ -28,7 +32,34 @@ def exponential(A: Tensor, norm: float | None = None) -> Tensor:
     # see Note [operator and Function]
     if runtime.is_compiling():
         return torch.ops.orthoconv_param.expm_skew(A, norm)
+    size = A.numel() * A.element_size()
+    if runtime.may_wait(A.device) and 0 < size <= _KEPT_BYTES and A.shape[-1] > 2:
+        return by_hand.apply(_Kept(norm), A)
     return _Expm.apply(A, norm)
+
+
+class _Kept:
+    """The rule of `exponential` where what is computed on the way may be kept for the gradient."""
+
+    def __init__(self, norm: float | None) -> None:
+        self.norm = norm
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """Return the exponential."""
+        return _Expm.apply(*inputs, self.norm)
+
+    def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the exponential, and what is kept."""
+        (A,) = inputs
+        with runtime.no_autocast(A.device.type):
+            Q, kept = expm_and_keep(flatten(A.resolve_conj()), self.norm)
+        return runtime.reshaped(Q, A.shape), kept
+
+    def gradient(
+        self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> tuple[Tensor]:
+        """Return the gradient by the matrices."""
+        return (vjp_of_kept(flatten(G.resolve_conj()), kept).view(G.shape),)
 
 
 # Operators: see Note [operator and Function]

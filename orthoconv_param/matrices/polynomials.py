@@ -7,10 +7,12 @@ coefficients are not Taylor's, but those of the Chebyshev series of the exponent
 the spectrum of a skew-Hermitian matrix lies. The derivative is that of these products, one by one.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+Factor: TypeAlias = tuple[Tensor, Tensor]  # of a product
 
 
 class Polynomial(NamedTuple):
@@ -66,8 +68,13 @@ POLYNOMIALS = {
 
 def evaluate(A: Tensor, A2: Tensor, polynomial: Polynomial) -> Tensor:
     """Return ``p(A)`` of matrices ``(count, n, n)``, given their squares."""
+    return evaluate_and_keep(A, A2, polynomial)[0]
+
+
+def evaluate_and_keep(A: Tensor, A2: Tensor, polynomial: Polynomial) -> tuple[Tensor, list[Factor]]:
+    """Return ``p(A)``, and the two factors of each product in it."""
     basis, factors = _factors(A, A2, polynomial)
-    return _combine(basis, polynomial.rest).baddbmm_(*factors[-1])
+    return _combine(basis, polynomial.rest).baddbmm_(*factors[-1]), factors
 
 
 def evaluate_vjp(A: Tensor, A2: Tensor, polynomial: Polynomial, G: Tensor) -> Tensor:
@@ -76,7 +83,12 @@ def evaluate_vjp(A: Tensor, A2: Tensor, polynomial: Polynomial, G: Tensor) -> Te
     ``G``, the gradient at its value, and the result are conjugated: then every adjoint factor is
     a transposed one, which BLAS takes as it lies in memory.
     """
-    basis, factors = _factors(A, A2, polynomial)
+    return evaluate_vjp_of_kept(A, _factors(A, A2, polynomial)[1], polynomial, G)
+
+
+def evaluate_vjp_of_kept(A: Tensor, factors: list[Factor], polynomial: Polynomial, G: Tensor) -> Tensor:
+    """Return `evaluate_vjp`, given the factors of each product."""
+    count = 1 + len(factors)  # of the basis: A, its square, and each product but the last
     gradients: dict[int, Tensor] = {}
 
     def spread(coefficients: tuple[float, ...], G: Tensor) -> None:
@@ -90,15 +102,13 @@ def evaluate_vjp(A: Tensor, A2: Tensor, polynomial: Polynomial, G: Tensor) -> Te
         spread(left, torch.bmm(G, Y.mT))
         spread(right, torch.bmm(X.mT, G))
         if k > 0:
-            G = gradients.pop(len(basis) - len(factors) + k)
+            G = gradients.pop(count - len(factors) + k)
     G_A, G_A2 = gradients[0], gradients[1]
     # A2 = A @ A adds G_A2 A^H + A^H G_A2. Its skew part is that of A^H (G_A2 + G_A2^H), one product less.
     return G_A.baddbmm_(A.mT, torch.conj_physical(G_A2.mT) + G_A2)
 
 
-def _factors(
-    A: Tensor, A2: Tensor, polynomial: Polynomial
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+def _factors(A: Tensor, A2: Tensor, polynomial: Polynomial) -> tuple[list[Tensor], list[Factor]]:
     """Return the basis of which the polynomial is made, and the two factors of each product."""
     basis = [A, A2]
     factors: list[tuple[Tensor, Tensor]] = []

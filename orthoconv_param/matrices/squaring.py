@@ -6,6 +6,7 @@ form, with ``M = skew(Q^H G)``, the gradient is ``phi1(ad_A)(M) = int_0^1 e^{tA}
 eigenvalue gap ever appears in a denominator.
 """
 
+from collections.abc import Sequence
 from math import ceil, isfinite, log2
 from typing import NamedTuple
 
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from .. import runtime
 from .norms import frobenius, largest_eigenvalue
-from .polynomials import POLYNOMIALS, Polynomial, evaluate, evaluate_vjp
+from .polynomials import (
+    POLYNOMIALS,
+    Polynomial,
+    evaluate,
+    evaluate_and_keep,
+    evaluate_vjp,
+    evaluate_vjp_of_kept,
+)  # fmt: skip
 from .products import skew
 from .unitary import polish
 
@@ -43,6 +51,27 @@ def vjp_batch(A: Tensor, G: Tensor, norm: float | None) -> Tensor:
             step = torch.baddbmm(Q @ G, G, Q)
             G = step if counts is None else torch.where(counts[j], step, G)
     return skew(evaluate_vjp(A, A2, polynomial, G)).conj_physical_()
+
+
+def expm_and_keep(A: Tensor, norm: float | None) -> tuple[Tensor, list[Tensor]]:
+    """Return `expm_batch` where norms may be read, and what `vjp_of_kept` takes, for two products less."""
+    A, A2, polynomial, s, _, _ = _scale(skew(A), norm)
+    value, factors = evaluate_and_keep(A, A2, polynomial)
+    chain = _squarings(value, s, None)
+    Q = chain.pop()
+    kept = [A, *(X for factor in factors for X in factor), *chain]
+    return (Q if 2**s <= min(_ROUNDING, 5 * Q.shape[-1]) else polish(Q)), kept
+
+
+def vjp_of_kept(G: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """Return `vjp_batch` of matrices of which `expm_and_keep` has kept this."""
+    A, polynomial = kept[0], POLYNOMIALS[kept[0].dtype.to_real()]
+    ends = 1 + 2 * len(polynomial.products)
+    factors, chain = [*zip(kept[1:ends:2], kept[2:ends:2], strict=True)], kept[ends:]
+    G = torch.conj_physical(G) * 0.5 ** len(chain)
+    for Q in reversed(chain):
+        G = torch.baddbmm(Q.mT @ G, G, Q.mT)
+    return skew(evaluate_vjp_of_kept(A, factors, polynomial, G)).conj_physical_()
 
 
 class _Scaled(NamedTuple):

@@ -21,6 +21,7 @@ from ..matrices.products import skew
 from ..matrices.unitary import haar, polar
 from ..split.chain import Chain, Factors
 from ..split.compose import kernel
+from ..split.fast import generated
 from ..split.generators import factors, folded, identities, join_bases
 from ..split.reading import logarithms, read
 from ..torus.geometry import Geometry
@@ -174,7 +175,10 @@ class SplitExponential(Registered):
             ValueError: if the generator is not of the size that was registered, or not finite (on CUDA only
                 under `torch.autograd.set_detect_anomaly`, because reading that waits).
         """
-        W = kernel(self.chain_or_raise(), self.factors(X)).to(X.dtype)
+        chain = self.chain_or_raise()
+        self.check_generator(X, (chain.groups * chain.numbers,))
+        Y = at_least_single(X)
+        W = generated(chain, Y, self._bases(Y), self.triv).to(X.dtype)
         self._given.note(X)
         return W
 

@@ -9,6 +9,7 @@ where ``K_A``, ``K_B`` are rows, and a shift takes it to ``C[:, A] K_A(t - 1) + 
 kernels of the axes are then multiplied, each tap of one with each of the other.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -71,11 +72,11 @@ def joined(K: Tensor, pair: Tensor, coin: Tensor) -> Tensor:
         pair: ``O``, ``(groups, m, m)``.
         coin: ``C``, ``(groups, rows, m)``.
     """
-    return by_hand.apply(_JOINED, K, pair, coin)
+    return by_hand.apply(JOINED, K, pair, coin)
 
 
 class _Joined:
-    """The rule of `joined`. ``V_A`` and ``V_B`` hold the matrices of ``K_A`` and ``K_B`` one over the other.
+    """The rule of `joined`. ``V_A`` and ``V_B`` are the matrices that ``K_A`` and ``K_B`` are taken by.
 
     First stand those of the taps that stay, then of those that move: ``K_A`` a tap back, ``K_B`` a tap on.
     """
@@ -93,13 +94,13 @@ class _Joined:
         stay = F.pad(stay_A + stay_B, (0, 0, 1, 1))
         return stay + F.pad(back, (0, 0, 0, 2)) + F.pad(on, (0, 0, 2, 0))
 
-    def value(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the kernel, ``V_A`` and ``V_B``."""
         K, pair, coin = inputs
         half, taps, rows = K.shape[1] // 2, K.shape[2], coin.shape[1]
         V_A, V_B = self._matrices(pair, coin)
-        of_A = (V_A @ K[:, :half].flatten(2)).unflatten(2, K.shape[2:])
-        of_B = (V_B @ K[:, half:].flatten(2)).unflatten(2, K.shape[2:])
+        of_A = torch.bmm(V_A, K[:, :half].flatten(2)).unflatten(2, K.shape[2:])
+        of_B = torch.bmm(V_B, K[:, half:].flatten(2)).unflatten(2, K.shape[2:])
         result = K.new_empty(K.shape[0], rows, taps + 2, K.shape[3])
         if taps == 1:
             result[:, :, :1], result[:, :, 2:] = of_A[:, rows:], of_B[:, rows:]
@@ -112,7 +113,7 @@ class _Joined:
         return result, (V_A, V_B)
 
     def gradient(
-        self, G: Tensor, inputs: tuple[Tensor, ...], kept: tuple[Tensor, ...], needed: tuple[bool, ...]
+        self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
     ) -> Any:
         """Return the gradients by ``K``, the pair and the coin."""
         K, pair, coin = inputs
@@ -120,26 +121,30 @@ class _Joined:
         half, taps, rows = K.shape[1] // 2, K.shape[2], coin.shape[1]
         G_A = torch.cat([G[:, :, 1:-1], G[:, :, :taps]], 1).flatten(2)
         G_B = torch.cat([G[:, :, 1:-1], G[:, :, 2:]], 1).flatten(2)
-        dV_A = G_A @ _adjoint(K[:, :half].flatten(2))
-        dV_B = G_B @ _adjoint(K[:, half:].flatten(2))
+        dV_A = torch.bmm(G_A, _adjoint(K[:, :half].flatten(2)))
+        dV_B = torch.bmm(G_B, _adjoint(K[:, half:].flatten(2)))
         dK = None
         if needed[0]:
-            dK = torch.cat([_adjoint(V_A) @ G_A, _adjoint(V_B) @ G_B], 1).view(K.shape)
+            dK = torch.cat([torch.bmm(_adjoint(V_A), G_A), torch.bmm(_adjoint(V_B), G_B)], 1).view(K.shape)
         dD_A = torch.cat([dV_A[:, :rows], dV_B[:, rows:]], 2)
         dD_B = torch.cat([dV_A[:, rows:], dV_B[:, :rows]], 2)
-        dcoin = torch.cat([dD_A @ _adjoint(pair[:, :half]), dD_B @ _adjoint(pair[:, half:])], 2)
-        dpair = torch.cat([_adjoint(coin[..., :half]) @ dD_A, _adjoint(coin[..., half:]) @ dD_B], 1)
+        dcoin = torch.cat(
+            [torch.bmm(dD_A, _adjoint(pair[:, :half])), torch.bmm(dD_B, _adjoint(pair[:, half:]))], 2
+        )
+        dpair = torch.cat(
+            [torch.bmm(_adjoint(coin[..., :half]), dD_A), torch.bmm(_adjoint(coin[..., half:]), dD_B)], 1
+        )
         return dK, dpair, dcoin
 
     @staticmethod
     def _matrices(pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
         half = pair.shape[1] // 2
-        D_A, D_B = coin[..., :half] @ pair[:, :half], coin[..., half:] @ pair[:, half:]
+        D_A, D_B = torch.bmm(coin[..., :half], pair[:, :half]), torch.bmm(coin[..., half:], pair[:, half:])
         V_A = torch.cat([D_A[..., :half], D_B[..., :half]], 1)
         return V_A, torch.cat([D_B[..., half:], D_A[..., half:]], 1)
 
 
-_JOINED = _Joined()
+JOINED = _Joined()
 
 
 def _adjoint(X: Tensor) -> Tensor:
@@ -200,7 +205,7 @@ def weight(
 
 def _times(K: Tensor, W: Tensor) -> Tensor:
     """Return the products of each tap of ``K`` with each of ``W``, those of ``K`` before."""
-    product = K.flatten(1, 2) @ W.flatten(2)
+    product = torch.bmm(K.flatten(1, 2), W.flatten(2))
     return product.reshape(*K.shape[:2], K.shape[2] * W.shape[2], W.shape[3])
 
 
