@@ -5,7 +5,7 @@ The mathematics elsewhere has no branch about these: it asks here.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import cache, wraps
@@ -150,6 +150,16 @@ def owned(x: Tensor, memory_format: torch.memory_format = torch.contiguous_forma
 def reshaped(x: Tensor, size: torch.Size) -> Tensor:
     """Return a contiguous tensor in another shape that counts as no view: see `owned`."""
     return torch.ops.aten._unsafe_view(x, size)
+
+
+def convolution_gradients(
+    G: Tensor, x: Tensor, weight: Tensor, padding: list[int], groups: int, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a convolution of stride 1 by its images and its weight."""
+    ones, mask = [1] * len(padding), [*needed, False]
+    return torch.ops.aten.convolution_backward(
+        G, x, weight, None, ones, padding, ones, False, [0] * len(padding), groups, mask
+    )[:2]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

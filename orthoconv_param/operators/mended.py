@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import Size
-from ..split.mending import Mended, apply, mended
+from ..split import mending, ring
 from ..torus.geometry import Geometry
 from .operator import Operator
 
@@ -14,7 +14,7 @@ from .operator import Operator
 class Prepared(NamedTuple):
     """What is prepared: a kernel between walls, for images of every size."""
 
-    mended: Mended
+    kernel: mending.Mended | ring.Ring
     geometry: Geometry
 
 
@@ -33,17 +33,22 @@ class Mending:
         Raises:
             ValueError: if something else than `SplitExponential` makes the kernel.
         """
-        found = operator.weight.factors()
+        weight, geometry = operator.weight, operator.geometry
+        dtype, transposed = weight.tensors[0].dtype, geometry.transposed
+        if geometry.taps == (3, 3) and max(geometry.dilation) == 1:
+            V = weight.with_ends()
+            if V is not None:
+                return Prepared(ring.Ring.of(V, geometry.groups, transposed).to(dtype), geometry)
+        found = weight.factors()
         if found is None:
             raise ValueError(
                 "between walls the weight should have no other parametrization than SplitExponential: what "
                 "its edges take comes from its factors. Found another one on top of it"
             )
-        chain, factors = found
-        dtype = operator.weight.tensors[0].dtype
-        m = mended(chain, factors, operator.geometry.transposed)
-        return Prepared(m.to(dtype), operator.geometry)
+        return Prepared(mending.mended(*found, transposed).to(dtype), geometry)
 
     def apply(self, state: Prepared, x: Tensor) -> Tensor:
         """Apply it to images ``(batch, channels, *size)``."""
-        return apply(state.mended, x, state.geometry)
+        if isinstance(state.kernel, ring.Ring):
+            return ring.apply(state.kernel, x)
+        return mending.apply(state.kernel, x, state.geometry)

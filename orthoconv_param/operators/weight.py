@@ -55,6 +55,10 @@ class Weight(Protocol):
         """Compute the factors of a split kernel; None of any other."""
         ...
 
+    def with_ends(self) -> Tensor | None:
+        """Compute a split kernel of three taps with its ends between walls; None of any other."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -99,6 +103,10 @@ class Fixed:
         return None
 
     def factors(self) -> tuple[Chain, Factors] | None:
+        """Return None."""
+        return None
+
+    def with_ends(self) -> Tensor | None:
         """Return None."""
         return None
 
@@ -182,8 +190,12 @@ class Parametrized:
         only = self.only
         if not isinstance(only, SplitExponential):
             return None
-        with runtime.no_autocast(self.tensors[0].device.type):
-            return only.chain_or_raise(), only.factors(self.tensors[0])
+        return only.chain_or_raise(), only.factors(self.tensors[0])
+
+    def with_ends(self) -> Tensor | None:
+        """Ask the parametrization."""
+        only = self.only
+        return only.with_ends(self.tensors[0]) if isinstance(only, SplitExponential) else None
 
 
 def _precise(kernel: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from ..matrices.products import skew
 from ..matrices.unitary import haar, polar
 from ..split.chain import Chain, Factors
 from ..split.compose import kernel
-from ..split.fast import generated
+from ..split.fast import generated, has_three_taps, with_ends
 from ..split.generators import factors, folded, identities, join_bases
 from ..split.reading import logarithms, read
 from ..torus.geometry import Geometry
@@ -193,6 +193,18 @@ class SplitExponential(Registered):
         self.check_generator(X, (chain.groups * chain.numbers,))
         X = at_least_single(X)
         return factors(chain, X, self._bases(X), self.triv)
+
+    @runtime.in_full_precision
+    def with_ends(self, X: Tensor) -> Tensor | None:
+        """Return the weight and its ends between walls, if it has three taps: see `split.fast.with_ends`.
+
+        Raises:
+            RuntimeError, ValueError: as `forward` does.
+        """
+        chain = self.chain_or_raise()
+        self.check_generator(X, (chain.groups * chain.numbers,))
+        X = at_least_single(X)
+        return with_ends(chain, X, self._bases(X), self.triv) if has_three_taps(chain) else None
 
     def _bases(self, like: Tensor) -> Tensor | None:
         """Return the coins' bases, which the buffer holds as real numbers, in a tensor's dtype."""
