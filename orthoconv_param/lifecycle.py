@@ -114,7 +114,7 @@ def take_edges(installed: Installed, W: Any, weight: Parametrized) -> None:
         found = weight.factors()
         if found is None:
             return
-        W.edges = Edges(mended(*found, installed.action.geometry.transposed).to(W.dtype))
+        W.edges = Edges(mended(*found, installed.action.geometry.transposed))
     installed.edges = weakref.ref(W.edges)
 
 

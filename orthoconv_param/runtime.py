@@ -153,12 +153,12 @@ def reshaped(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def convolution_gradients(
-    G: Tensor, x: Tensor, weight: Tensor, padding: list[int], groups: int, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a convolution of stride 1 by its images and its weight."""
-    ones, mask = [1] * len(padding), [*needed, False]
+    G: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a convolution without padding by its images and its weight."""
+    none, ones = [0] * len(stride), [1] * len(stride)
     return torch.ops.aten.convolution_backward(
-        G, x, weight, None, ones, padding, ones, False, [0] * len(padding), groups, mask
+        G, x, weight, None, stride, none, ones, False, none, groups, [True, True, False]
     )[:2]
 
 

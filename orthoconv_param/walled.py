@@ -15,7 +15,7 @@ def become(module: Any, m: Mended, geometry: Geometry) -> None:
     parts += [x for short in m.shorts for x in short]
     parts.append(m.frame)
     requires_grad = module.weight.requires_grad
-    flat = torch.cat([x.detach().flatten() for x in parts])
+    flat = torch.cat([x.detach().flatten() for x in parts]).to(module.weight.dtype)
     module.edges = nn.Parameter(flat, requires_grad=requires_grad)
     module.shapes = [[*x.shape] for x in parts]
     module.lines = [[axis, len(short)] for axis, short in zip(m.axes, m.shorts, strict=True)]

@@ -287,7 +287,7 @@ def slow_if(condition, *values):
 
 def able(boundary):
     """Evaluators of the operators with a boundary, whatever their cost: see `CANNOT`."""
-    return [e for e in evaluate.EVALUATORS if (e.name == "mended") == (boundary == "walls")]
+    return [e for e in evaluate.EVALUATORS if (e.name == "chained") == (boundary == "walls")]
 
 
 OFTEN = ("any", "given", "split")
@@ -334,7 +334,7 @@ def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(bound
 
 
 # What these cannot they never pay for, or cannot be exported: what they compute is right there too.
-ALWAYS_ABLE = {"direct", "spectral", "mended"}
+ALWAYS_ABLE = {"direct", "spectral", "chained"}
 # Situations, and the evaluators whose cost is infinite there: of every other it is finite.
 CANNOT = {
     ("any", "2d", (30, 30)): set(),
@@ -356,7 +356,7 @@ CANNOT = {
 @pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
 def test_its_cost_is_infinite_exactly_where_it_cannot(evaluator, boundary, kind, geometry, domain):
     subject, _ = fixture(kind, boundary, geometry)
-    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain] or evaluator.name == "mended"
+    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain] or evaluator.name == "chained"
     for batch in (0, 1, 1000):
         assert subject.by(evaluator).can(domain, batch) != cannot
 
@@ -366,7 +366,7 @@ def test_between_walls_one_alone_can(evaluator):
     subject, domains = fixture("split", "walls", "2d")
     for domain in domains:
         for batch in (0, 1, 1000):
-            assert subject.by(evaluator).can(domain, batch) == (evaluator.name == "mended")
+            assert subject.by(evaluator).can(domain, batch) == (evaluator.name == "chained")
 
 
 def test_the_contract_is_that_of_all_there_is():

@@ -38,6 +38,11 @@ def skew(X: Tensor) -> Tensor:
     return (X - X.mH.resolve_conj()) * 0.5  # see Note [lazy conjugates]
 
 
+def adjoint(X: Tensor) -> Tensor:
+    """Return the conjugate transpose: a view of a real matrix, made in memory of a complex one."""
+    return X.mH.resolve_conj() if X.is_complex() else X.mT
+
+
 def product(A: Tensor, B: Tensor) -> Tensor:
     """Return ``A @ B`` of batches of matrices, with derivatives as fast as the product.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import Size
-from .operator import Operator
+from .operator import Operator, with_bias
 
 
 class Taps(NamedTuple):
@@ -42,9 +42,10 @@ class Direct:
         """Compute the kernel."""
         return Taps(operator, operator.kernel().to(operator.weight.tensors[0].dtype), domain)
 
-    def apply(self, state: Taps, x: Tensor) -> Tensor:
-        """Apply it to images ``(batch, channels, *size)``."""
+    def apply(self, state: Taps, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply it to images ``(batch, channels, *size)``, and add a bias."""
         action = state.operator.action
-        return action.boundary.convolve(
+        y = action.boundary.convolve(
             x, state.kernel, action.geometry, state.domain, action.dilation, action.domain is not None
         )
+        return with_bias(y, bias)

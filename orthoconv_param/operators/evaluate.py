@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from ..torus.geometry import sized
+from .chained import Chained
 from .direct import Direct
-from .mended import Mending
 from .operator import Operator
 from .spectral import Spectral
 
@@ -29,12 +29,12 @@ class Evaluator(Protocol):
         """Compute all that does not depend on the images."""
         ...
 
-    def apply(self, state: Any, x: Tensor) -> Tensor:
-        """Apply the operator to images of the domain, ``(batch, channels, *size)``."""
+    def apply(self, state: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply the operator to images of the domain, ``(batch, channels, *size)``, and add a bias."""
         ...
 
 
-EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Mending())
+EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Chained())
 
 
 def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:
@@ -49,8 +49,8 @@ def prepared(evaluator: Evaluator, operator: Operator, domain: Size) -> Any:
     return runtime.once(weight.owner, key, weight.tensors, lambda: evaluator.prepare(operator, domain))
 
 
-def evaluate(operator: Operator, x: Tensor, domain: Size) -> Tensor:
-    """Apply an operator to images ``(batch, channels, *size)`` of a domain, its bias aside."""
+def evaluate(operator: Operator, x: Tensor, domain: Size, bias: Tensor | None = None) -> Tensor:
+    """Apply an operator to images ``(batch, channels, *size)`` of a domain, and add a bias."""
     batch = _USUAL_BATCH if runtime.is_compiling() else x.shape[0]
     weight = operator.weight
 
@@ -59,7 +59,7 @@ def evaluate(operator: Operator, x: Tensor, domain: Size) -> Tensor:
         return evaluator, prepared(evaluator, operator, domain)
 
     evaluator, state = runtime.once(weight.owner, (domain, batch), weight.tensors, decide)
-    return evaluator.apply(state, x)
+    return evaluator.apply(state, x, bias)
 
 
 def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: Any = None) -> Tensor:
@@ -90,9 +90,7 @@ def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: A
     if output_size is not None and tuple(output_size[-axes:]) != domain:
         raise ValueError(f"output_size should be {domain}. Found {tuple(output_size)}")
     with runtime.no_autocast(x.device.type):
-        y = evaluate(operator, x, domain)
-        if bias is not None:
-            y = y + bias.reshape(-1, *(1,) * axes)
+        y = evaluate(operator, x, domain, bias)
         # torch's own layer gives a single image in the usual format, whatever its format was
         batched = input.ndim == x.ndim
         y = runtime.owned(y, runtime.memory_format(x) if batched else torch.contiguous_format)

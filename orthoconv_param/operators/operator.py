@@ -86,3 +86,8 @@ class Operator:
         lattice = geometry.lattice(torus)
         placement = Placement.centred(tuple(kernel.shape[2:]), action.dilation)
         return lattice, lattice.spectrum(kernel, placement)
+
+
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return images with a bias added to each channel."""
+    return y if bias is None else y + bias.reshape(-1, *(1,) * (y.ndim - 2))

@@ -12,7 +12,7 @@ from ..torus.boundary import cut, extend
 from ..torus.circular import spectral_conv
 from ..torus.lattice import Lattice
 from ..torus.shared import Shared
-from .operator import Operator
+from .operator import Operator, with_bias
 
 
 class Spectrum(NamedTuple):
@@ -48,8 +48,11 @@ class Spectral:
         matrices = Shared(M, lattice) if runtime.is_cached() else M
         return Spectrum(lattice, matrices, domain, operator.geometry.transposed)
 
-    def apply(self, state: Spectrum, x: Tensor) -> Tensor:
-        """Apply them to images ``(batch, channels, *size)``."""
+    def apply(self, state: Spectrum, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply them to images ``(batch, channels, *size)``, and add a bias."""
+        return with_bias(self._apply(state, x), bias)
+
+    def _apply(self, state: Spectrum, x: Tensor) -> Tensor:
         lattice, domain = state.lattice, state.domain
         dtype = x.dtype
         x = x.float() if dtype in HALF else x

@@ -55,10 +55,6 @@ class Weight(Protocol):
         """Compute the factors of a split kernel; None of any other."""
         ...
 
-    def with_ends(self) -> Tensor | None:
-        """Compute a split kernel of three taps with its ends between walls; None of any other."""
-        ...
-
 
 @dataclass(frozen=True)
 class Fixed:
@@ -103,10 +99,6 @@ class Fixed:
         return None
 
     def factors(self) -> tuple[Chain, Factors] | None:
-        """Return None."""
-        return None
-
-    def with_ends(self) -> Tensor | None:
         """Return None."""
         return None
 
@@ -191,11 +183,6 @@ class Parametrized:
         if not isinstance(only, SplitExponential):
             return None
         return only.chain_or_raise(), only.factors(self.tensors[0])
-
-    def with_ends(self) -> Tensor | None:
-        """Ask the parametrization."""
-        only = self.only
-        return only.with_ends(self.tensors[0]) if isinstance(only, SplitExponential) else None
 
 
 def _precise(kernel: Tensor, dtype: torch.dtype) -> Tensor:

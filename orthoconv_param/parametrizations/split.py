@@ -19,9 +19,9 @@ from ..checks import Size, at_least_single, check_dtype, check_finite, count, pe
 from ..matrices import maps
 from ..matrices.products import skew
 from ..matrices.unitary import haar, polar
+from ..split import fast
 from ..split.chain import Chain, Factors
 from ..split.compose import kernel
-from ..split.fast import generated, has_three_taps, with_ends
 from ..split.generators import factors, folded, identities, join_bases
 from ..split.reading import logarithms, read
 from ..torus.geometry import Geometry
@@ -178,7 +178,7 @@ class SplitExponential(Registered):
         chain = self.chain_or_raise()
         self.check_generator(X, (chain.groups * chain.numbers,))
         Y = at_least_single(X)
-        W = generated(chain, Y, self._bases(Y), self.triv).to(X.dtype)
+        W = fast.weight(chain, Y, self._bases(Y), self.triv).to(X.dtype)
         self._given.note(X)
         return W
 
@@ -192,19 +192,7 @@ class SplitExponential(Registered):
         chain = self.chain_or_raise()
         self.check_generator(X, (chain.groups * chain.numbers,))
         X = at_least_single(X)
-        return factors(chain, X, self._bases(X), self.triv)
-
-    @runtime.in_full_precision
-    def with_ends(self, X: Tensor) -> Tensor | None:
-        """Return the weight and its ends between walls, if it has three taps: see `split.fast.with_ends`.
-
-        Raises:
-            RuntimeError, ValueError: as `forward` does.
-        """
-        chain = self.chain_or_raise()
-        self.check_generator(X, (chain.groups * chain.numbers,))
-        X = at_least_single(X)
-        return with_ends(chain, X, self._bases(X), self.triv) if has_three_taps(chain) else None
+        return fast.factors(chain, X, self._bases(X), self.triv)
 
     def _bases(self, like: Tensor) -> Tensor | None:
         """Return the coins' bases, which the buffer holds as real numbers, in a tensor's dtype."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..matrices import by_hand
+from ..matrices.products import adjoint
 from .chain import Chain, Factors
 
 
@@ -79,25 +80,18 @@ class _Joined:
     """The rule of `joined`. ``V_A`` and ``V_B`` are the matrices that ``K_A`` and ``K_B`` are taken by.
 
     First stand those of the taps that stay, then of those that move: ``K_A`` a tap back, ``K_B`` a tap on.
-    With ``ends``, of kernels of one tap only, the last are what the ends of a line between walls add, the
-    last pixel by ``K_A`` and the first by ``K_B``: see `split.walls`. They are two more taps of the result.
     """
-
-    def __init__(self, ends: bool) -> None:
-        self.ends = ends
 
     def plain(self, *inputs: Tensor) -> Tensor:
         """Return the kernel."""
         K, pair, coin = inputs
         half = K.shape[1] // 2
-        of_A, of_B = (
-            (V @ rows.flatten(2)).unflatten(2, K.shape[2:]).chunk(2 + self.ends, 1)
+        (stay_A, back), (stay_B, on) = (
+            (V @ rows.flatten(2)).unflatten(2, K.shape[2:]).chunk(2, 1)
             for V, rows in zip(self._matrices(pair, coin), (K[:, :half], K[:, half:]), strict=True)
         )
-        stay = of_A[0] + of_B[0]
-        if self.ends:
-            return torch.cat([of_A[1], stay, of_B[1], of_B[2], of_A[2]], 2)
-        return F.pad(stay, (0, 0, 1, 1)) + F.pad(of_A[1], (0, 0, 0, 2)) + F.pad(of_B[1], (0, 0, 2, 0))
+        stay = F.pad(stay_A + stay_B, (0, 0, 1, 1))
+        return stay + F.pad(back, (0, 0, 0, 2)) + F.pad(on, (0, 0, 2, 0))
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the kernel, ``V_A`` and ``V_B``."""
@@ -106,12 +100,10 @@ class _Joined:
         V_A, V_B = self._matrices(pair, coin)
         of_A = torch.bmm(V_A, K[:, :half].flatten(2)).unflatten(2, K.shape[2:])
         of_B = torch.bmm(V_B, K[:, half:].flatten(2)).unflatten(2, K.shape[2:])
-        result = K.new_empty(K.shape[0], rows, taps + (4 if self.ends else 2), K.shape[3])
+        result = K.new_empty(K.shape[0], rows, taps + 2, K.shape[3])
         if taps == 1:
-            result[:, :, :1], result[:, :, 2:3] = of_A[:, rows : 2 * rows], of_B[:, rows : 2 * rows]
+            result[:, :, :1], result[:, :, 2:] = of_A[:, rows:], of_B[:, rows:]
             torch.add(of_A[:, :rows], of_B[:, :rows], out=result[:, :, 1:2])
-            if self.ends:
-                result[:, :, 3:4], result[:, :, 4:] = of_B[:, 2 * rows :], of_A[:, 2 * rows :]
         else:
             result[:, :, 0] = result[:, :, -1] = 0
             torch.add(of_A[:, :rows], of_B[:, :rows], out=result[:, :, 1:-1])
@@ -126,47 +118,27 @@ class _Joined:
         K, pair, coin = inputs
         V_A, V_B = kept
         half, taps, rows = K.shape[1] // 2, K.shape[2], coin.shape[1]
-        stay, back, on = G[:, :, 1 : 1 + taps], G[:, :, :taps], G[:, :, 2 : 2 + taps]
-        G_A = torch.cat([stay, back, G[:, :, 4:]] if self.ends else [stay, back], 1).flatten(2)
-        G_B = torch.cat([stay, on, G[:, :, 3:4]] if self.ends else [stay, on], 1).flatten(2)
-        dV_A = torch.bmm(G_A, _adjoint(K[:, :half].flatten(2)))
-        dV_B = torch.bmm(G_B, _adjoint(K[:, half:].flatten(2)))
+        G_A = torch.cat([G[:, :, 1:-1], G[:, :, :taps]], 1).flatten(2)
+        G_B = torch.cat([G[:, :, 1:-1], G[:, :, 2:]], 1).flatten(2)
+        dV_A = torch.bmm(G_A, adjoint(K[:, :half].flatten(2)))
+        dV_B = torch.bmm(G_B, adjoint(K[:, half:].flatten(2)))
         dK = None
         if needed[0]:
-            dK = torch.cat([torch.bmm(_adjoint(V_A), G_A), torch.bmm(_adjoint(V_B), G_B)], 1).view(K.shape)
-        if self.ends:
-            dV_A[:, :rows] -= dV_A[:, 2 * rows :]
-            dV_B[:, :rows] -= dV_B[:, 2 * rows :]
-        dD_A = torch.cat([dV_A[:, :rows], dV_B[:, rows : 2 * rows]], 2)
-        dD_B = torch.cat([dV_A[:, rows : 2 * rows], dV_B[:, :rows]], 2)
-        dcoin_A, dcoin_B = (
-            torch.bmm(dD_A, _adjoint(pair[:, :half])),
-            torch.bmm(dD_B, _adjoint(pair[:, half:])),
-        )
-        if self.ends:
-            dcoin_A += dV_A[:, 2 * rows :]
-            dcoin_B += dV_B[:, 2 * rows :]
-        dpair = torch.cat(
-            [torch.bmm(_adjoint(coin[..., :half]), dD_A), torch.bmm(_adjoint(coin[..., half:]), dD_B)], 1
-        )
-        return dK, dpair, torch.cat([dcoin_A, dcoin_B], 2)
+            dK = torch.cat([torch.bmm(adjoint(V_A), G_A), torch.bmm(adjoint(V_B), G_B)], 1).view(K.shape)
+        dD_A = torch.cat([dV_A[:, :rows], dV_B[:, rows:]], 2)
+        dD_B = torch.cat([dV_A[:, rows:], dV_B[:, :rows]], 2)
+        dcoin = [torch.bmm(dD_A, adjoint(pair[:, :half])), torch.bmm(dD_B, adjoint(pair[:, half:]))]
+        dpair = [torch.bmm(adjoint(coin[..., :half]), dD_A), torch.bmm(adjoint(coin[..., half:]), dD_B)]
+        return dK, torch.cat(dpair, 1), torch.cat(dcoin, 2)
 
     def _matrices(self, pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
         half = pair.shape[1] // 2
-        C_A, C_B = coin[..., :half], coin[..., half:]
-        D_A, D_B = torch.bmm(C_A, pair[:, :half]), torch.bmm(C_B, pair[:, half:])
-        of_A, of_B = [D_A[..., :half], D_B[..., :half]], [D_B[..., half:], D_A[..., half:]]
-        if self.ends:
-            of_A.append(C_A - of_A[0])
-            of_B.append(C_B - of_B[0])
-        return torch.cat(of_A, 1), torch.cat(of_B, 1)
+        D_A, D_B = torch.bmm(coin[..., :half], pair[:, :half]), torch.bmm(coin[..., half:], pair[:, half:])
+        V_A = torch.cat([D_A[..., :half], D_B[..., :half]], 1)
+        return V_A, torch.cat([D_B[..., half:], D_A[..., half:]], 1)
 
 
-JOINED, JOINED_WITH_ENDS = _Joined(ends=False), _Joined(ends=True)
-
-
-def _adjoint(X: Tensor) -> Tensor:
-    return X.mH.resolve_conj() if X.is_complex() else X.mT
+JOINED = _Joined()
 
 
 def shifted(K: Tensor, coin: Tensor, half: int) -> Tensor:

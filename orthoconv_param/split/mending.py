@@ -45,14 +45,6 @@ class Mended(NamedTuple):
     frame: Tensor
     axes: list[int]
 
-    def to(self, dtype: torch.dtype) -> "Mended":
-        """Return it in another precision."""
-        if self.weight.dtype == dtype:
-            return self
-        kernels, ends = ([x.to(dtype) for x in each] for each in (self.kernels, self.ends))
-        shorts = [[x.to(dtype) for x in each] for each in self.shorts]
-        return Mended(self.weight.to(dtype), kernels, ends, shorts, self.frame.to(dtype), self.axes)
-
 
 def mended(chain: Chain, factors: Factors, transposed: bool) -> Mended:
     """Return a kernel between walls, or its transpose."""
@@ -298,20 +290,6 @@ def mend(
                 added = patched(added, frame, stride, groups, False)
             y = y + added
     return y
-
-
-def apply(m: Mended, x: Tensor, geometry: Geometry) -> Tensor:
-    """Apply a kernel between walls to images ``(batch, channels, *size)``."""
-    stride, dilation, groups = [*geometry.stride], [*geometry.dilation], geometry.groups
-    padding = pads(tuple(m.weight.shape[2:]), geometry)
-    if geometry.transposed:
-        size = [*geometry.domain(tuple(x.shape[2:]))]
-        y = convolve_transposed(x, m.weight, stride, padding, dilation, groups, size)
-    else:
-        y = convolve(x, m.weight, stride, padding, dilation, groups)
-    return mend(
-        x, y, m.kernels, m.ends, m.shorts, m.frame, m.axes, stride, dilation, geometry.transposed
-    )  # fmt: skip
 
 
 def pads(taps: Size, geometry: Geometry) -> list[int]:

@@ -1,0 +1,51 @@
+"""`Chained`: a split kernel between walls, factor by factor."""
+
+from math import inf
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checks import Size
+from ..split import between
+from ..split.chain import Chain, Factors
+from ..torus.geometry import Geometry
+from .operator import Operator
+
+
+class Prepared(NamedTuple):
+    """What is prepared: factors, for images of every size."""
+
+    chain: Chain
+    factors: Factors
+    geometry: Geometry
+
+
+class Chained:
+    """Evaluates an operator between walls by its factors."""
+
+    name = "chained"
+
+    def cost(self, operator: Operator, domain: Size, batch: int) -> float:
+        """Return 0 between walls, infinity elsewhere."""
+        return 0.0 if operator.boundary.has_walls else inf
+
+    def prepare(self, operator: Operator, domain: Size) -> Prepared:
+        """Compute the factors.
+
+        Raises:
+            ValueError: if something else than `SplitExponential` makes the kernel.
+        """
+        found = operator.weight.factors()
+        if found is None:
+            raise ValueError(
+                "between walls the weight should have no other parametrization than SplitExponential: what "
+                "the module does there comes from its factors. Found another one on top of it"
+            )
+        chain, factors = found
+        dtype = operator.weight.tensors[0].dtype
+        coins = tuple(coin.to(dtype) for coin in factors.coins)
+        return Prepared(chain, Factors(coins, factors.pairs.to(dtype)), operator.geometry)
+
+    def apply(self, state: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply them to images ``(batch, channels, *size)``, and add a bias."""
+        return between.apply(state.chain, state.factors, x, bias, state.geometry)

@@ -1,0 +1,185 @@
+"""A split kernel between walls, applied factor by factor.
+
+Coins are products with the channels of each pixel. A pair joins ``A`` at a pixel with ``B`` at the next
+one of its line; what has no partner is left alone. That is orthogonal at every size, and of a 3x3 kernel
+takes five products a pixel where the convolution takes nine. The transpose has the transposed factors in
+the opposite order. The gradient is written by hand: only the images are kept for it, and what is between
+the factors is computed again.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from ..matrices import by_hand
+from ..matrices.products import adjoint
+from ..torus.geometry import Geometry, convolve, convolve_transposed
+from .chain import Chain, Factors
+
+_IMAGES_AT_ONCE = 32  # of which the gradients by a matrix are summed
+
+
+def apply(chain: Chain, factors: Factors, x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Apply a kernel between walls to images ``(batch, channels, *size)``, and add a bias."""
+    rule = _Applied(chain, geometry, bias is not None)
+    inputs = (x, *(() if bias is None else (bias,)), factors.pairs, *factors.coins)
+    # torch convolves complex patches part by part
+    return rule.plain(*inputs) if x.is_complex() and chain.is_strided else by_hand.apply(rule, *inputs)
+
+
+class _Factor(NamedTuple):
+    """A factor in the order in which it acts.
+
+    Args:
+        number: of the coin, or of the pair.
+        axis: of space along which a pair joins; None of a coin.
+        is_patch: whether it is the frame of patches.
+    """
+
+    number: int
+    axis: int | None
+    is_patch: bool
+
+
+class _Applied:
+    """The rule of `apply`."""
+
+    def __init__(self, chain: Chain, geometry: Geometry, has_bias: bool) -> None:
+        self.chain, self.geometry, self.has_bias = chain, geometry, has_bias
+        last = len(chain.steps)
+        factors = [_Factor(0, None, chain.is_strided and last == 0)]
+        for i, step in enumerate(chain.steps):
+            factors.append(_Factor(i, step.axis, False))
+            if not (i == last - 1 and chain.is_strided):
+                factors.append(_Factor(i + 1, None, False))
+        if chain.is_strided and last > 0:
+            factors.append(_Factor(last, None, True))
+        self.factors = factors[::-1] if geometry.transposed else factors
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """Return the images."""
+        x, bias, pairs, coins = self._named(inputs)
+        for factor in self.factors:
+            x = self._applied(factor, self._matrix(factor, pairs, coins), x)[0]
+        return x if bias is None else x + _per_channel(bias, x)
+
+    def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the images; nothing is kept."""
+        x, bias, pairs, coins = self._named(inputs)
+        y = x
+        for factor in self.factors:
+            y = self._applied(factor, self._matrix(factor, pairs, coins), y)[0]
+        return y if bias is None else y.add_(_per_channel(bias, y)), ()
+
+    def gradient(
+        self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients by images, bias, pairs and coins."""
+        x, bias, pairs, coins = self._named(inputs)
+        read = []  # what the matrix of each factor is multiplied with
+        for factor in self.factors:
+            x, multiplied = self._applied(factor, self._matrix(factor, pairs, coins), x)
+            read.append(multiplied)
+        dbias = None if bias is None else G.sum((0, *range(2, G.ndim)))
+        dpairs, dcoins = torch.zeros_like(pairs), list(coins)
+        for factor, multiplied in zip(reversed(self.factors), reversed(read), strict=True):
+            M = self._matrix(factor, pairs, coins)
+            if factor.is_patch:
+                G, dM = self._patch_gradients(G, multiplied, M)
+            else:
+                G, arrived = self._applied(factor, adjoint(M), G)
+                dM = self._summed(arrived, multiplied)
+            if self.geometry.transposed and not factor.is_patch:
+                dM = dM.mT
+            if factor.axis is None:
+                dcoins[factor.number] = dM.reshape(coins[factor.number].shape)
+            else:
+                dpairs[:, factor.number] = dM
+        return (G, *(() if bias is None else (dbias,)), dpairs, *dcoins)
+
+    def _named(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Sequence[Tensor]]:
+        if self.has_bias:
+            return inputs[0], inputs[1], inputs[2], inputs[3:]
+        return inputs[0], None, inputs[1], inputs[2:]
+
+    def _matrix(self, factor: _Factor, pairs: Tensor, coins: Sequence[Tensor]) -> Tensor:
+        """Return the matrices of a factor, ``(groups, rows, columns)``; of patches a kernel."""
+        if factor.is_patch:
+            patch = self.chain.patch
+            return coins[factor.number].flatten(0, 1).unflatten(1, (-1, *patch)).contiguous()
+        M = coins[factor.number] if factor.axis is None else pairs[:, factor.number]
+        return M.mT if self.geometry.transposed else M
+
+    def _applied(self, factor: _Factor, M: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images after a factor, and what its matrix is multiplied with."""
+        if factor.is_patch:
+            return self._patched(M, x), x
+        if factor.axis is None:
+            return _mixed(M, x), x
+        return _joined(M, x, factor.axis + 2, self.geometry.dilation[factor.axis])
+
+    def _patched(self, kernel: Tensor, x: Tensor) -> Tensor:
+        stride, groups = self.geometry.stride, self.geometry.groups
+        none, ones = (0,) * len(stride), (1,) * len(stride)
+        if not self.geometry.transposed:
+            return convolve(x, kernel, stride, none, ones, groups)
+        rest = tuple(s - t for s, t in zip(stride, self.chain.patch, strict=True))
+        return convolve_transposed(x, kernel, stride, none, rest, ones, groups)
+
+    def _patch_gradients(self, G: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        stride, groups = self.geometry.stride, self.geometry.groups
+        if not self.geometry.transposed:
+            return runtime.convolution_gradients(G, x, kernel, stride, groups)
+        # the weight's gradient is symmetric in images and gradient
+        return (
+            convolve(G, kernel, stride, (0,) * len(stride), (1,) * len(stride), groups),
+            runtime.convolution_gradients(x, G, kernel, stride, groups)[1],
+        )
+
+    def _summed(self, G: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient by matrices ``(groups, rows, columns)`` that are multiplied with ``x``."""
+        groups = self.chain.groups
+        G, x = (part.flatten(2).unflatten(1, (groups, -1)) for part in (G, x))
+        pieces = zip(G.split(_IMAGES_AT_ONCE), x.split(_IMAGES_AT_ONCE), strict=True)
+        return sum((g @ adjoint(y)).sum(0) for g, y in pieces)
+
+
+def _per_channel(bias: Tensor, x: Tensor) -> Tensor:
+    return bias.reshape(-1, *(1,) * (x.ndim - 2))
+
+
+def _mixed(M: Tensor, x: Tensor) -> Tensor:
+    """Return matrices ``(groups, rows, columns)`` times the channels of each pixel."""
+    flat = x.flatten(2)
+    if len(M) == 1:  # `matmul` would transpose the images where the matrix requires a gradient
+        return torch.bmm(M.expand(len(x), -1, -1), flat).unflatten(2, x.shape[2:])
+    y = torch.matmul(M, flat.unflatten(1, (len(M), -1)))
+    return y.flatten(1, 2).unflatten(2, x.shape[2:])
+
+
+def _joined(M: Tensor, x: Tensor, axis: int, spacing: int) -> tuple[Tensor, Tensor]:
+    """Return images after a pair ``M`` along an axis, and the channels that it joins.
+
+    Each pixel's ``A`` is joined with the ``B`` that stands ``spacing`` pixels further. The last ``A`` and
+    the first ``B`` are left alone.
+    """
+    groups, half, n = len(M), M.shape[1] // 2, x.shape[axis]
+    joint, axis = max(n - spacing, 0), axis + 1
+    x = x.unflatten(1, (groups, -1))
+    A, B = x[:, :, :half], x[:, :, half:]
+    size = [*x.shape]
+    size[axis] = joint
+    together, y = x.new_empty(size), torch.empty_like(x)
+    together[:, :, :half] = A.narrow(axis, 0, joint)
+    together[:, :, half:] = B.narrow(axis, n - joint, joint)
+    together = together.flatten(1, 2)
+    moved = _mixed(M, together).unflatten(1, (groups, -1))
+    y_A, y_B = y[:, :, :half], y[:, :, half:]
+    y_A.narrow(axis, 0, joint).copy_(moved[:, :, :half])
+    y_B.narrow(axis, n - joint, joint).copy_(moved[:, :, half:])
+    y_A.narrow(axis, joint, n - joint).copy_(A.narrow(axis, joint, n - joint))
+    y_B.narrow(axis, 0, n - joint).copy_(B.narrow(axis, 0, n - joint))
+    return y.flatten(1, 2), together
