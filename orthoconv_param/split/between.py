@@ -3,8 +3,8 @@
 Coins are products with the channels of each pixel. A pair joins ``A`` at a pixel with ``B`` at the next
 one of its line; what has no partner is left alone. That is orthogonal at every size, and of a 3x3 kernel
 takes five products a pixel where the convolution takes nine. The transpose has the transposed factors in
-the opposite order. The gradient is written by hand: only the images are kept for it, and what is between
-the factors is computed again.
+the opposite order. The gradient is written by hand. What is between the factors is kept for it where that
+is small, as in a recurrent network, and computed again elsewhere.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from ..matrices.products import adjoint
 from ..torus.geometry import Geometry, convolve, convolve_transposed
 from .chain import Chain, Factors
 
+_KEPT_BYTES = 2**24  # of images between the factors, above which a backward pass computes them again
 _IMAGES_AT_ONCE = 32  # of which the gradients by a matrix are summed
 
 
@@ -67,22 +68,30 @@ class _Applied:
         return x if bias is None else x + _per_channel(bias, x)
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the images; nothing is kept."""
+        """Return the images, and if they are few what each matrix but the first is multiplied with."""
         x, bias, pairs, coins = self._named(inputs)
-        y = x
+        y, read = x, []
+        keeps = len(self.factors) * x.numel() * x.element_size() <= _KEPT_BYTES
         for factor in self.factors:
-            y = self._applied(factor, self._matrix(factor, pairs, coins), y)[0]
-        return y if bias is None else y.add_(_per_channel(bias, y)), ()
+            M = self._matrix(factor, pairs, coins)
+            if factor.axis is not None and len(M) == 1 and not keeps and y.is_contiguous():
+                y = _joined_at_once(M, y, factor.axis + 2, self.geometry.dilation[factor.axis])
+                continue
+            y, multiplied = self._applied(factor, M, y)
+            read += [multiplied] if keeps else []
+        return y if bias is None else y.add_(_per_channel(bias, y)), read[1:]
 
     def gradient(
         self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients by images, bias, pairs and coins."""
         x, bias, pairs, coins = self._named(inputs)
-        read = []  # what the matrix of each factor is multiplied with
-        for factor in self.factors:
-            x, multiplied = self._applied(factor, self._matrix(factor, pairs, coins), x)
-            read.append(multiplied)
+        read = [x, *kept]  # what the matrix of each factor is multiplied with
+        if not kept:
+            for factor in self.factors[:-1]:
+                x, multiplied = self._applied(factor, self._matrix(factor, pairs, coins), x)
+                read.append(multiplied)
+            read = [*read[1:], x]  # the last factor is a coin
         dbias = None if bias is None else G.sum((0, *range(2, G.ndim)))
         dpairs, dcoins = torch.zeros_like(pairs), list(coins)
         for factor, multiplied in zip(reversed(self.factors), reversed(read), strict=True):
@@ -166,20 +175,42 @@ def _joined(M: Tensor, x: Tensor, axis: int, spacing: int) -> tuple[Tensor, Tens
     Each pixel's ``A`` is joined with the ``B`` that stands ``spacing`` pixels further. The last ``A`` and
     the first ``B`` are left alone.
     """
-    groups, half, n = len(M), M.shape[1] // 2, x.shape[axis]
-    joint, axis = max(n - spacing, 0), axis + 1
-    x = x.unflatten(1, (groups, -1))
-    A, B = x[:, :, :half], x[:, :, half:]
-    size = [*x.shape]
-    size[axis] = joint
-    together, y = x.new_empty(size), torch.empty_like(x)
-    together[:, :, :half] = A.narrow(axis, 0, joint)
-    together[:, :, half:] = B.narrow(axis, n - joint, joint)
+    half, joint = M.shape[1] // 2, max(x.shape[axis] - spacing, 0)
+    channels = x.unflatten(1, (len(M), -1))
+    size = [*channels.shape]
+    size[axis + 1] = joint
+    together = x.new_empty(size)
+    together[:, :, :half] = channels[:, :, :half].narrow(axis + 1, 0, joint)
+    together[:, :, half:] = channels[:, :, half:].narrow(axis + 1, x.shape[axis] - joint, joint)
     together = together.flatten(1, 2)
-    moved = _mixed(M, together).unflatten(1, (groups, -1))
-    y_A, y_B = y[:, :, :half], y[:, :, half:]
-    y_A.narrow(axis, 0, joint).copy_(moved[:, :, :half])
-    y_B.narrow(axis, n - joint, joint).copy_(moved[:, :, half:])
-    y_A.narrow(axis, joint, n - joint).copy_(A.narrow(axis, joint, n - joint))
-    y_B.narrow(axis, 0, n - joint).copy_(B.narrow(axis, 0, n - joint))
-    return y.flatten(1, 2), together
+    return _scattered(_mixed(M, together), x, len(M), axis), together
+
+
+def _joined_at_once(M: Tensor, x: Tensor, axis: int, spacing: int) -> Tensor:
+    """Return `_joined` of one group, without the channels that it joins.
+
+    They are read where they stand: on the images' pixels in a row, ``B`` is some places further. So the end
+    of a line is joined with the start of the next one too, which is left out afterwards.
+    """
+    half, after, n = M.shape[1] // 2, x.stride(axis), x.shape[axis]
+    if n <= spacing:
+        return x
+    flat, shift = x.flatten(2), spacing * after
+    M = M.expand(len(x), -1, -1)
+    J = torch.bmm(M[..., :half], flat[:, :half, : flat.shape[2] - shift])
+    J.baddbmm_(M[..., half:], flat[:, half:, shift:])
+    size, strides = [*x.shape], [J.stride(0), J.stride(1), *x.stride()[2:]]
+    size[axis] -= spacing
+    return _scattered(J.as_strided(size, strides), x, 1, axis)
+
+
+def _scattered(moved: Tensor, x: Tensor, groups: int, axis: int) -> Tensor:
+    """Return images in which joint channels have moved: ``A`` at the start, ``B`` at the end of lines."""
+    joint, rest = moved.shape[axis], x.shape[axis] - moved.shape[axis]
+    x, moved = x.unflatten(1, (groups, -1)), moved.unflatten(1, (groups, -1))
+    half, axis, y = x.shape[2] // 2, axis + 1, torch.empty_like(x)
+    y[:, :, :half].narrow(axis, 0, joint).copy_(moved[:, :, :half])
+    y[:, :, half:].narrow(axis, rest, joint).copy_(moved[:, :, half:])
+    y[:, :, :half].narrow(axis, joint, rest).copy_(x[:, :, :half].narrow(axis, joint, rest))
+    y[:, :, half:].narrow(axis, 0, rest).copy_(x[:, :, half:].narrow(axis, 0, rest))
+    return y.flatten(1, 2)
