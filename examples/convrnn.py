@@ -10,12 +10,16 @@ On a periodic lattice of 1 to 3 dimensions (M. O. Magnasco, arXiv:2302.07396):
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from orthoconv_param import generators, orthogonal
+
+Method = Literal["exponential", "split"]  # of `orthogonal`
 
 
 def convolution(
@@ -98,9 +102,11 @@ class ConvRNNCell(Cell):
         phi: ``"modrelu"``, ``"sigmoid"`` or ``"identity"``.
         dtype: of the state, by default torch's default dtype; a complex one makes `U` unitary.
         bias: True to add a constant for each channel before `phi`.
-        spread: standard deviation of the generator's initial values. `U` is the generator's exponential:
-            near 0, it is near the identity. By default the values are torch's own for a convolution.
+        spread: standard deviation of the generator's initial values. `U` is the generator's exponential,
+            or a product of several: near 0, it is near the identity. By default `U` is what `orthogonal`
+            makes of torch's own values for a convolution.
         groups: of the channels: that many independent networks, side by side.
+        method: of `orthogonal`.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class ConvRNNCell(Cell):
         bias: bool = False,
         spread: float | None = None,
         groups: int = 1,
+        method: Method = "exponential",
     ) -> None:
         super().__init__(channels)
         dtype = dtype or torch.get_default_dtype()
@@ -128,7 +135,10 @@ class ConvRNNCell(Cell):
         self.input = convolution(axes, inputs, channels, bias=False, groups=groups, dtype=dtype)
         if spread is not None:
             nn.init.normal_(recurrence.weight, std=spread)
-        self.recurrence = orthogonal(recurrence)
+        self.recurrence = orthogonal(recurrence, method=method)
+        if spread is not None and method == "split":  # whose generator is not the weight
+            split: Any = self.get_submodule("recurrence.parametrizations.weight.0")
+            recurrence.weight = split.sample("identity", partial(nn.init.normal_, std=spread))
         self.phi = kinds[phi]()
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:

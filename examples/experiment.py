@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from convrnn import Recurrent
+from convrnn import Method, Recurrent
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
@@ -31,6 +31,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     workers = "processes of one thread, and up to 3 GB, each"
     result.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 4), help=workers)
     return result
+
+
+def add_method(options: argparse.ArgumentParser) -> None:
+    """Add the option ``--method`` of experiments whose orthogonal networks may have either."""
+    methods = get_args(Method)
+    text = "of the orthogonal and unitary convolutions; split ones have fewer parameters"
+    options.add_argument("--method", choices=methods, default=methods[0], help=text)
 
 
 def positive(text: str) -> int:

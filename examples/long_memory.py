@@ -23,9 +23,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from baselines import ConvGRUCell, ConvLSTMCell, PlainConvRNNCell
-from convrnn import Cell, ConvRNNCell, Recurrent, convolution
+from convrnn import Cell, ConvRNNCell, Method, Recurrent, convolution
 from experiment import (
     TRAINING_DIGITS,
+    add_method,
     best_members,
     digits,
     fit,
@@ -57,14 +58,17 @@ def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: A
     return Recurrent(cell(groups, channels, groups=groups, **options), read)
 
 
-def networks(delay: int, phi: str = "modrelu") -> dict[str, Callable[[int], Recurrent]]:
+def networks(
+    delay: int, phi: str = "modrelu", method: Method = "exponential"
+) -> dict[str, Callable[[int], Recurrent]]:
     """Return for each network a function that makes it, given the number of groups.
 
-    All have about as many parameters. The second ConvLSTM starts with biases that fit the delay. The second
-    plain ConvRNN starts from the identity, as ours nearly do.
+    All have about as many parameters, but ours have fewer if their kernels are split. The second ConvLSTM
+    starts with biases that fit the delay. The second plain ConvRNN starts from the identity, as ours nearly
+    do.
     """
     complex_dtype = torch.get_default_dtype().to_complex()
-    ours = partial(_network, ConvRNNCell, spread=SPREAD, phi=phi)
+    ours = partial(_network, ConvRNNCell, spread=SPREAD, phi=phi, method=method)
     return {
         "orthogonal ConvRNN": partial(ours, 12),
         "unitary ConvRNN": partial(ours, 8, dtype=complex_dtype),
@@ -116,10 +120,17 @@ def train(
 
 
 def experiment(
-    name: str, delay: int, seeds: list[int], rates: list[float], steps: int, batch: int, noise: float
+    name: str,
+    delay: int,
+    seeds: list[int],
+    rates: list[float],
+    steps: int,
+    batch: int,
+    noise: float,
+    method: Method,
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Return the rows of the CSV file, and some digits as the first seed's network gives them back."""
-    make = networks(delay)[name]
+    make = networks(delay, method=method)[name]
     network, losses = train(make, delay, seeds, rates, steps, batch, noise)
     last = losses[-max(1, steps // 10) :].mean(0)
     network, best = best_members(make, network, rates, last)
@@ -142,7 +153,8 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
     shown = images[TRAINING_DIGITS:]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     strips = [shown[:8], *(recalled[name, delays[-1]] for name in names)]
-    right.imshow(torch.cat([torch.cat(list(strip), 1) for strip in strips]), cmap="gray", vmin=0, vmax=1)
+    stacked = torch.cat([torch.cat(list(strip), 1) for strip in strips])
+    right.imshow(stacked.numpy(), cmap="gray", vmin=0, vmax=1)
     right.set_yticks([8 * n + 3.5 for n in range(len(strips))], ["shown", *names])
     right.set(xticks=[], title=f"recalled after {delays[-1]} frames")
     for name, label in zip(names, right.get_yticklabels()[1:], strict=True):  # the legend of both
@@ -171,12 +183,14 @@ def main() -> None:
     options.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation in the frames that follow"
     )
+    add_method(options)
     arguments = parse(options, delays=[10, 20], seeds=[0, 1], rates=[1e-2, 3e-2], steps=20)
 
     kinds = [(name, delay) for delay in sorted(arguments.delays, reverse=True) for name in networks(delay)]
     seeds, rates = arguments.seeds, list(arguments.rates)
     steps = {delay: arguments.steps or STEPS.get(delay, 20) for delay in arguments.delays}
-    jobs = [(*kind, seeds, rates, steps[kind[1]], arguments.batch, arguments.noise) for kind in kinds]
+    settings = (arguments.batch, arguments.noise, arguments.method)
+    jobs = [(*kind, seeds, rates, steps[kind[1]], *settings) for kind in kinds]
     total = sum(delay * steps[delay] for _, delay in kinds) * len(seeds) * len(rates)
     results = run(experiment, jobs, total, "all networks", arguments.workers)
     rows = [row for some, _ in results for row in some]

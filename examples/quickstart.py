@@ -4,6 +4,8 @@ It prints how far the operator of each convolution is from orthogonal at the siz
 made, after `orthogonal`, and after training.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -11,9 +13,16 @@ from torch import nn
 
 from orthoconv_param import orthogonal, orthogonality_defect
 
+EPOCHS = 10
+
 
 def main() -> None:
     """Run the program."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    methods = ["exponential", "split"]
+    parser.add_argument("--method", choices=methods, default=methods[0], help="of `orthogonal`")
+    method = parser.parse_args().method
+
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)
@@ -36,10 +45,10 @@ def main() -> None:
     print(f"{'':<24}{'accuracy':>10}" + "".join(f"{f'layer {i}':>10}" for i in sizes))
     report("ordinary")
     for i in sizes:
-        orthogonal(model[i])  # the one line
+        orthogonal(model[i], method=method)  # the one line
     report("orthogonal")
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(10):
+    for _ in range(EPOCHS):
         for batch in torch.randperm(1500).split(50):
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()

@@ -27,9 +27,10 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from baselines import ConvGRUCell, ConvLSTMCell, ExpRNNCell, PlainConvRNNCell
-from convrnn import Cell, ConvRNNCell, Recurrent
+from convrnn import Cell, ConvRNNCell, Method, Recurrent
 from experiment import (
     TRAINING_DIGITS,
+    add_method,
     best_members,
     digits,
     fit,
@@ -78,11 +79,11 @@ def _dense(inputs: int, channels: int, groups: int) -> Recurrent:
     return Recurrent(ExpRNNCell(inputs, channels, groups=groups), read)
 
 
-def networks(task: str) -> dict[str, Callable[[int], Recurrent]]:
+def networks(task: str, method: Method = "exponential") -> dict[str, Callable[[int], Recurrent]]:
     """Return for each network a function that makes it, given the number of groups."""
     few = task == "rows"  # phi saturates at every step: over many steps the first frames would be lost
     phi = {"phi": "sigmoid", "bias": True} if few else {"phi": "modrelu"}
-    ours = partial(_network, ConvRNNCell, spread=SPREAD, **phi)
+    ours = partial(_network, ConvRNNCell, spread=SPREAD, method=method, **phi)
     return {
         "orthogonal ConvRNN": partial(ours, 20),
         "unitary ConvRNN": partial(ours, 16, dtype=torch.get_default_dtype().to_complex()),
@@ -103,11 +104,11 @@ def frames(images: Tensor, task: str, dense: bool) -> list[Tensor]:
 
 
 def experiment(
-    task: str, name: str, seeds: list[int], rates: list[float], steps: int, batch: int
+    task: str, name: str, seeds: list[int], rates: list[float], steps: int, batch: int, method: Method
 ) -> list[dict[str, Any]]:
     """Train a network with all seeds and rates; return the rows of the CSV file."""
     images, labels = digits()
-    make = networks(task)[name]
+    make = networks(task, method)[name]
     dense = "dense" in name
     every_seed = seeds * len(rates)
     training = TRAINING_DIGITS - VALIDATION_DIGITS
@@ -165,11 +166,13 @@ def main() -> None:
         "--steps", type=positive, nargs=2, default=default, metavar="N", help=help_of_steps
     )
     options.add_argument("--batch", type=positive, default=32, help="digits at once")
+    add_method(options)
     arguments = parse(options, seeds=[0, 1], rates=[1e-2, 3e-2], steps=[60, 10])
     steps = dict(zip(FRAMES, arguments.steps, strict=True))
     seeds, rates = arguments.seeds, list(arguments.rates)
     kinds = [(task, name) for task in reversed(FRAMES) for name in networks(task)]
-    jobs = [(*kind, seeds, rates, steps[kind[0]], arguments.batch) for kind in kinds]
+    settings = (arguments.batch, arguments.method)
+    jobs = [(*kind, seeds, rates, steps[kind[0]], *settings) for kind in kinds]
     total = sum(FRAMES[task] * steps[task] for task, _ in kinds) * len(seeds) * len(rates)
     rows = [row for some in run(experiment, jobs, total, "all networks", arguments.workers) for row in some]
     save(arguments.out / "row_digits.csv", rows)

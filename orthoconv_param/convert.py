@@ -43,59 +43,76 @@ def orthogonal(
         norm(module(x) - bias) == norm(x)
 
     for every image ``x``, if the module gives at least as many numbers as it takes; if it gives fewer, its
-    adjoint has this property. All its singular values are 1 then. The module stays the same
-    object, of the same parameters, and is trained as before: its weight is parametrized by
-    `ConvExponential`. Kernel size, stride, groups and dilation may be any, real or complex, transposed or
-    not.
+    adjoint has this property. All its singular values are 1 then. The module stays the same object, and is
+    trained as before: its weight is parametrized. Kernel size, stride, groups and dilation may be any, real
+    or complex, transposed or not.
 
-    **The module becomes periodic**, whatever its padding was: that is ``boundary="circular"``. With
-    ``"zeros"`` the image is continued by zeros, the orthogonal operator of a larger torus is applied, and
-    the image is cut out. That is **not orthogonal**: it never expands (singular values at most 1), and
-    loses what crosses the image's edge. With ``domain=16`` the smallest singular values of 16 channels on
-    16x16 images are 1e-3, and the norm of a state falls to 0.95 in one step, to 0.11 in a hundred; with
-    ``domain="any"`` they are 0.9, and it falls to 0.99 and 0.65.
+    **The boundary** decides what happens at the image's edges.
+
+    - ``"circular"``, the default, makes the module periodic, **whatever its padding was**.
+    - ``"walls"``: nothing leaves the image. The operator is orthogonal on the image itself, at every size.
+      Inside it is the zero-padded convolution. Takes ``method="split"``.
+    - ``"zeros"``: the image is continued by zeros. That is **not orthogonal**: it never expands (singular
+      values at most 1), and loses what crosses the image's edge. With ``domain=16`` the smallest singular
+      values of 16 channels on 16x16 images are 1e-3, and the norm of a state falls to 0.95 in one step, to
+      0.11 in a hundred; with ``domain="any"`` they are 0.9, and it falls to 0.99 and 0.65.
+
+    **The method** decides which kernels are reached, and what they cost.
+
+    - ``"exponential"``, by `ConvExponential`: the kernel is the exponential of a convolution, and has more
+      taps than that. A 3x3 weight of ``m`` channels has ``4.5 m^2`` degrees of freedom.
+    - ``"split"``, by `SplitExponential`: a product of exponentials that end. The kernel keeps its ``k x k``
+      taps, and costs little more than the plain one, but has about ``1.5 m^2`` degrees of freedom. A
+      periodic module stays of torch's own class.
 
     Args:
         module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps
             the size (divided by the stride).
         name: of the kernel.
-        method: ``"exponential"`` or ``"split"``, see above.
-        domain: ``"any"``: images of every size, several in turn too. The weight *is* the generator, and
-            the kernel has as many taps as its exponential needs in the weight's dtype. For stride 1 and as
-            many output as input channels, the operator is the exponential of the skew part of what it was.
-            A size: only images of that size (of a transposed convolution: outputs). It starts at the
-            orthogonal operator nearest to the periodic one that the weight was before.
-        boundary: ``"circular"`` or ``"zeros"``. Default: ``"circular"``, for modules whose padding mode is
-            either of these; one that mirrors or repeats the image's edge has to be told.
-        triv: ``"expm"``, ``"cayley"`` or a callable, as of `ConvExponential`.
-        base: as of `ConvExponential`. Default: True with a given size, else False.
+        method: ``"exponential"`` or ``"split"``.
+        domain: ``"any"``: images of every size, several in turn too. That is what split kernels take. For
+            the exponential the weight then *is* the generator, and the kernel has as many taps as its
+            exponential needs in the weight's dtype. For stride 1 and as many output as input channels, the
+            operator is the exponential of the skew part of what it was. A size: only images of that size
+            (of a transposed convolution: outputs). It starts at the orthogonal operator nearest to the
+            periodic one that the weight was before.
+        boundary: ``"circular"``, ``"zeros"`` or ``"walls"``. Default: ``"circular"``, for modules whose
+            padding mode is ``"circular"`` or ``"zeros"``; one that mirrors or repeats the image's edge has
+            to be told.
+        triv: ``"expm"``, ``"cayley"`` or a callable, as of `ConvExponential` and `SplitExponential`.
+        base: likewise. Default: True with a given size and for split kernels, else False.
 
     Returns:
-        ``module``, with ``module.parametrizations.weight``. ``module.weight`` is the kernel, ``K`` x ``K``
-        or of the size of the domain. ``kernel_size``, ``padding``, ``padding_mode`` and ``dilation`` are
-        those of the operator.
+        ``module``, with ``module.parametrizations.weight``. ``module.weight`` is the kernel: ``K`` x ``K``
+        or of the size of the domain, split ``k`` x ``k`` (between walls an even ``k`` becomes ``k - 1``). A
+        split kernel starts near what the weight was. ``kernel_size``, ``padding``, ``padding_mode`` and
+        ``dilation`` are those of the operator.
 
     Raises:
         TypeError: if ``module`` is no convolution, or an argument is not of its kind.
         ValueError: if the convolution does not keep the size; if its padding mode is ``"reflect"`` or
             ``"replicate"`` and no boundary is given; if the domain is smaller than the kernel, or
             not divisible by the stride; if no semi-orthogonal operator of that stride and dilation
-            exists; if the weight is not finite, or parametrized already. Nothing is changed then.
+            exists; if there are no split kernels of the geometry (one channel in a group; patches that a
+            wall cuts); if the weight is not finite, or parametrized already. Nothing is changed then.
             On use: if an image is not of the domain's size, or not divisible by the stride; with
             ``"any"``, if training takes the generator's norm to where no kernel of 1025 taps holds it.
 
     ``parametrize.cached()`` makes a loop compute the exponential, and the kernel's transform, once.
     ``parametrize.remove_parametrizations(module, "weight")`` leaves a module that computes the same: one of
-    torch's own classes, if torch can compute it at the sizes that the module has been called with. Its
-    weight has another shape than the generator had, so it needs a new optimizer.
+    torch's own classes, if torch can compute it at the sizes that the module has been called with. Between
+    walls it is a module of its own with two parameters, ``weight`` and ``edges``: nothing may be folded
+    into the weight alone. Make a new optimizer then, and after the call with ``method="split"``: the free
+    parameter has another shape than the weight.
 
-    With ``"any"`` the kernel's size follows the generator's norm. Under ``torch.compile`` and ``vmap`` it
-    cannot, and stays what the last ordinary call made it: call the module once in a while outside of
-    them during training, or the defect grows.
+    With the exponential and ``"any"`` the kernel's size follows the generator's norm. Under
+    ``torch.compile`` and ``vmap`` it cannot, and stays what the last ordinary call made it: call the module
+    once in a while outside of them during training, or the defect grows.
 
-    Cost: that of `ConvExponential`, and for each image of ``N`` points the transforms of its channels
-    and ``2 N`` real multiplications for each pair of channels. Where a direct convolution costs
-    less, it is used.
+    Cost: that of the parametrization, and of the exponential, for each image of ``N`` points, the
+    transforms of its channels and ``2 N`` real multiplications for each pair of channels; where a direct
+    convolution costs less, it is used. A split kernel is convolved as a plain one; between walls, 3x3
+    kernels take 5 products of ``m x m`` matrices a pixel, where the convolution takes 9.
 
     Example:
         >>> import torch
@@ -106,6 +123,12 @@ def orthogonal(
         >>> torch.allclose(conv(x).norm(), x.norm())
         True
         >>> orthogonality_defect(conv, domain=(20, 31)) < 1e-5
+        True
+
+        Between walls:
+
+        >>> conv = orthogonal(nn.Conv2d(8, 8, 3, padding=1), method="split", boundary="walls")
+        >>> all(orthogonality_defect(conv, domain=n) < 1e-5 for n in (1, 5, (9, 2)))
         True
     """
     if method not in ("exponential", "split"):
@@ -120,10 +143,10 @@ def orthogonal(
 
 
 def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str, **options: Any) -> None:
-    """Let a convolution have a split kernel.
+    """Give a convolution a split kernel.
 
-    Where torch's own forward is the operator, the module keeps it. Between walls it is the operator of
-    patches alone.
+    The module keeps torch's own forward where that computes the operator: with circular or zero padding,
+    and between walls if the kernel is patches alone, which no wall cuts.
 
     Raises:
         TypeError, ValueError: as `orthogonal` does.

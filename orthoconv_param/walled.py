@@ -92,7 +92,8 @@ class WalledConvolution(nn.Module):
     It is no ``nn.Conv2d``: nothing may be folded into its weight alone, since that does not reach its
     edges. Made by ``torch.nn.utils.parametrize.remove_parametrizations`` of what
     ``orthogonal(..., method="split", boundary="walls")`` has made. Its parameters are ``weight``, ``edges``
-    and ``bias``. They are free: training them does not keep the operator orthogonal.
+    and ``bias``. They are free: training them does not keep the operator orthogonal. Assigning the weight
+    alone raises ``TypeError``, as what folds a batch norm into it does.
     """
 
     weight: Tensor
@@ -110,6 +111,21 @@ class WalledConvolution(nn.Module):
             input, self.weight, self.edges, self.bias, self.shapes, self.lines, self.steps, self.groups,
             self.transposed,
         )  # fmt: skip
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and not self.__dict__.get("loading", False):
+            raise TypeError(
+                "weight should not be assigned without edges, which belong to it: load both by "
+                "load_state_dict, or change the module before remove_parametrizations. Found it alone"
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["loading"] = True  # with assign=True torch sets attributes
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            del self.__dict__["loading"]
 
     def extra_repr(self) -> str:
         """Say what ``print`` says of the module."""

@@ -4,12 +4,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import convrnn
 import critical_response
 import experiment
 import gradient_flow
 import long_memory
 import plots
 import pytest
+import quickstart
 import riemannian
 import row_digits
 import torch
@@ -18,7 +20,7 @@ from convrnn import ConvRNNCell, ModReLU, Recurrent, Sigmoid, convolution
 from oracles import defect, dense, operator
 from torch import nn
 
-from orthoconv_param import functional
+from orthoconv_param import functional, orthogonal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -113,6 +115,7 @@ def test_the_first_frame_is_not_blank():
 CELLS = {
     "orthogonal": partial(ConvRNNCell, bias=True),
     "unitary": partial(ConvRNNCell, dtype=torch.complex64),
+    "split": partial(ConvRNNCell, spread=1e-3, method="split"),
     "plain": PlainConvRNNCell,
     "LSTM": ConvLSTMCell,
     "chrono": partial(ConvLSTMCell, delay=50),
@@ -144,7 +147,7 @@ def test_a_population_is_its_members_side_by_side(cell):
         torch.testing.assert_close(both[:, n : n + 1], one(own))
 
 
-@pytest.mark.parametrize("cell", ["orthogonal", "unitary", "LSTM"])
+@pytest.mark.parametrize("cell", ["orthogonal", "unitary", "split", "LSTM"])
 def test_members_are_trained_as_they_would_be_alone(cell):
     make = partial(made_of, cell)
     x = torch.randn(4, 1, 4, 4)
@@ -312,6 +315,46 @@ def test_critical_exponents():
         assert abs(critical_response.exponent(x[name], measured[name]) - law.exponent) < 0.01
         for a, b in zip(x[name], measured[name], strict=True):
             assert abs(b / (law.factor * a**law.exponent) - 1) < 0.02
+
+
+def test_split_networks_start_near_the_identity_and_are_trained_slowly():
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 8, 8)
+    cell = ConvRNNCell(2, 12, spread=1e-3, groups=2, method="split")
+    assert 0 < (cell.recurrence(x) - x).norm() < 0.02 * x.norm()
+    assert defect(operator(cell.recurrence, (5, 4))) < 1e-5
+    assert cell.recurrent_parameters()[0] is cell.recurrence.parametrizations.weight.original
+
+
+SMALLEST = {
+    long_memory: ["--delays", "2", "--steps", "1", "--seeds", "0", "--rates", "1e-2"],
+    row_digits: ["--steps", "1", "1", "--seeds", "0", "--rates", "1e-2"],
+    quickstart: [],
+}
+
+
+@pytest.mark.parametrize("script", SMALLEST, ids=lambda script: script.__name__)
+def test_the_orthogonal_networks_may_be_split(script, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def recorded(module, **options):
+        made.append(options["method"])
+        return orthogonal(module, **options)
+
+    monkeypatch.setattr(convrnn, "orthogonal", recorded)
+    monkeypatch.setattr(quickstart, "orthogonal", recorded)
+    monkeypatch.setattr(quickstart, "EPOCHS", 1)
+    if script is not quickstart:  # in this process, where it is recorded
+        monkeypatch.setattr(script, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["name", "--method", "split", *SMALLEST[script]])
+    script.main()
+    assert "orthogonal" in capsys.readouterr().out
+    assert set(made) == {"split"}
+    monkeypatch.setattr("sys.argv", ["name", "--help"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--method {exponential,split}" in capsys.readouterr().out
 
 
 OUTPUTS = {

@@ -14,7 +14,7 @@ from ..models import by_name, convolutions_of, sizes
 from ..module import operator_of
 from ..parametrizations.annealed import Annealed
 from ..parametrizations.blocks import Block, Blocks, resolve_blocks
-from ..parametrizations.exponential import ConvExponential
+from ..parametrizations.registered import Registered
 from ..torus.geometry import torch_class
 from ..torus.lattice import Lattice
 from .values import of_dense, on_torus_if_any
@@ -157,9 +157,9 @@ def report(
 
 def _rows(name: str, module: Any, size: Size | None, asked: list[Block], total: int) -> list[Row]:
     parts = list(module.modules())
-    exponential = next((part for part in parts if isinstance(part, ConvExponential)), None)
+    made = next((part for part in parts if isinstance(part, Registered)), None)
     stack = next((part for part in parts if isinstance(part, Blocks)), None)
-    t = exponential.progress if isinstance(exponential, Annealed) else 1.0
+    t = made.progress if isinstance(made, Annealed) else 1.0
     constrained = stack.blocks if stack is not None else []
 
     def row(title: str, geometry: str, block: Block | None, how: _Parametrized, parameters: int) -> Row:
@@ -171,7 +171,7 @@ def _rows(name: str, module: Any, size: Size | None, asked: list[Block], total: 
         now = None if how == "no" else t
         return Row(title, geometry, size, torus, *extremes, how, now, parameters, share)
 
-    whole: _Parametrized = "no" if exponential is None else "yes" if stack is None else "blocks"
+    whole: _Parametrized = "no" if made is None else "yes" if stack is None else "blocks"
     count = sum(parameter.numel() for parameter in module.parameters())
     rows = [row(name, _geometry(module), None, whole, count)]
     for block in constrained + [b for b in _resolved(asked, module) if b not in constrained]:
@@ -203,9 +203,14 @@ def _geometry(module: Any) -> str:
             if max(value) > 1
         ),
         *([f"groups {module.groups}"] if module.groups > 1 else []),
-        *([] if single else [module.padding_mode]),
+        *([] if single else [_boundary(module)]),
     ]
     return f"{convolution.__name__} {module.in_channels} -> {module.out_channels}, {', '.join(details)}"
+
+
+def _boundary(module: Any) -> str:
+    operator = operator_of(module)
+    return str(module.padding_mode) if operator is None else operator.boundary.name
 
 
 def _free_taps(module: Any) -> Size:

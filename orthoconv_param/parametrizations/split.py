@@ -257,7 +257,8 @@ class SplitExponential(Registered):
     def _read(self, chain: Chain, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return a generator, and the coins' bases, of a kernel near ``W``, in double precision."""
         eps = torch.finfo(at_least_single(W).dtype).eps
-        return read(chain, _fitting(W, chain).to(_double(W)), self.triv, eps)
+        proper = not self.has_base and not W.is_complex()
+        return read(chain, _fitting(W, chain).to(_double(W)), self.triv, eps, proper)
 
     def _present(self, chain: Chain, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the present generator and bases, folded and in double precision, if ``W`` is their kernel.
@@ -301,6 +302,11 @@ class SplitExponential(Registered):
         check_dtype("the weight", W)
         if self.geometry is None:
             chain = Chain.of(self._geometry_of(W), self.between_walls)
+            if W.is_leaf and W.grad is not None:
+                raise ValueError(
+                    "the weight should have no gradient, since the free parameter has another shape: "
+                    "call zero_grad(set_to_none=True) before. Found one"
+                )
         else:
             chain = self.chain_or_raise()
             sizes = {self.geometry.size, self._size}

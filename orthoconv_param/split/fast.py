@@ -129,7 +129,7 @@ class _Generated:
         n = self.chain.pairs
         W = W.reshape(*W.shape[:2], *(3,) * n, -1)
         W = W.permute(0, 1, n + 2, *range(n + 1, 1, -1)).flatten(0, 1)
-        return W.reshape(*W.shape[:2], *self.chain.taps)
+        return runtime.owned(W.reshape(*W.shape[:2], *self.chain.taps))
 
     def _unplaced(self, G: Tensor) -> Tensor:
         """Return the inverse of `_placed`, of a gradient."""

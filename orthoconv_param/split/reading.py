@@ -18,7 +18,9 @@ _ROUNDS = 10  # of which another follows while one more than halves the distance
 _EXACT = 32  # units of rounding to which a kernel is read back
 
 
-def read(chain: Chain, W: Tensor, triv: str | maps.Trivialization, eps: float) -> tuple[Tensor, Tensor]:
+def read(
+    chain: Chain, W: Tensor, triv: str | maps.Trivialization, eps: float, proper: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the generator, whose coins' parts are zero, and the coins' bases, of a kernel near ``W``.
 
     Args:
@@ -26,6 +28,7 @@ def read(chain: Chain, W: Tensor, triv: str | maps.Trivialization, eps: float) -
         W: ``(out, in/groups, *taps)``, in double precision.
         triv: the map of the pairs.
         eps: rounding of the kernel.
+        proper: whether the coins of a real kernel are to have determinant 1, where it is not of the family.
     """
     if W.is_meta:
         return W.new_empty(chain.groups * chain.numbers), identities(chain, W)
@@ -33,6 +36,10 @@ def read(chain: Chain, W: Tensor, triv: str | maps.Trivialization, eps: float) -
     X, base = _generator(chain, peeled, triv), join_bases(peeled.coins)
     if _distance(chain, X, base, W, triv) <= _EXACT * eps:
         return X, base
+    if proper:  # a near kernel with other coins
+        coins, K = _proper(chain, peeled.coins, chain.split(X)[1])
+        coins[-1][torch.linalg.det(coins[-1]).real < 0, -1] *= -1
+        X, base = chain.join(chain.split(X)[0], K), join_bases(coins)
     return folded(chain, _descended(chain, X, base, W, triv), base, triv)
 
 

@@ -33,8 +33,8 @@ class CayleyConv2d(nn.Module):
         return torch.fft.irfft2(y.permute(3, 2, 0, 1), s=size)
 
 
-def plain(channels, padding_mode="circular"):
-    return nn.Conv2d(channels, channels, 3, padding=1, padding_mode=padding_mode, bias=False)
+def plain(channels, padding_mode="circular", bias=False):
+    return nn.Conv2d(channels, channels, 3, padding=1, padding_mode=padding_mode, bias=bias)
 
 
 def aoc(channels, padding_mode="circular"):

@@ -3,6 +3,7 @@
 ``pytest tests/benchmarks --out DIR`` writes ``DIR/benchmarks.md`` and ``DIR/benchmarks.json``.
 """
 
+import ctypes
 import gc
 import json
 import platform
@@ -15,6 +16,7 @@ import torch
 
 ROWS = []
 _SLOW = 1000  # milliseconds, above which three turns are enough
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def pytest_addoption(parser):
@@ -28,11 +30,27 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session")
+def pinned_allocator():
+    """Have glibc keep all memory on a heap that never shrinks, until the process ends.
+
+    By default it maps a large tensor and unmaps it, or not, depending on what was freed before. The page
+    faults then fall on one competitor or another: the same module against itself gives 1.11.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc's allocator can be pinned")
+    mallopt = ctypes.CDLL(None).mallopt
+    assert mallopt(_M_MMAP_MAX, 0)
+    assert mallopt(_M_TRIM_THRESHOLD, -1)
+    assert mallopt(_M_TOP_PAD, 256 * 2**20)
+
+
 @pytest.fixture
 def in_turn(request, benchmark, device):
-    """``in_turn(table, row, ours=..., others=..., notes=...)``: times of functions without arguments.
+    """``in_turn(table, row, functions, pairs=..., notes=...)``: times of functions without arguments.
 
-    Returns a dictionary of each one's median time, and the medians of the ratios ours / other.
+    Returns a dictionary of each one's median time, and the medians of the ratios of the named ``pairs``.
+    Default: the first one over each of the others.
     """
 
     def clock(function):
@@ -44,8 +62,9 @@ def in_turn(request, benchmark, device):
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
 
-    def run(table, row, ours, others, **notes):
-        functions = {"ours": ours, **others}
+    def run(table, row, functions, pairs=None, **notes):
+        first, *others = functions
+        pairs = pairs or [(first, other) for other in others]
         seen = {name: [] for name in functions}
         for function in functions.values():
             function()
@@ -62,8 +81,10 @@ def in_turn(request, benchmark, device):
             "row": row,
             "ms": {name: statistics.median(times) for name, times in seen.items()},
             "ratio": {
-                name: statistics.median(a / b for a, b in zip(seen["ours"], seen[name], strict=False))
-                for name in others
+                f"{one} / {other}": statistics.median(
+                    a / b for a, b in zip(seen[one], seen[other], strict=False)
+                )
+                for one, other in pairs
             },
             **notes,
         }
@@ -91,7 +112,7 @@ def markdown():
         for row in rows:
             cell = {table: row["row"]}
             cell |= {f"{name}, ms": value for name, value in row.get("ms", {}).items()}
-            cell |= {f"ours / {name}": value for name, value in row.get("ratio", {}).items()}
+            cell |= row.get("ratio", {})
             cell |= {k: v for k, v in row.items() if k not in ("table", "row", "ms", "ratio")}
             cells.append(cell)
         header = list(dict.fromkeys(key for cell in cells for key in cell))

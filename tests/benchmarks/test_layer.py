@@ -24,7 +24,6 @@ def test_layer(channels, side, batch, in_turn, device):
     in_turn(
         "layer: channels, side, batch",
         f"{channels}, {side}, {batch}",
-        step(ours_.to(device), x, G),
-        {name: step(module.to(device), x, G) for name, module in modules.items()},
+        {name: step(module.to(device), x, G) for name, module in {"ours": ours_, **modules}.items()},
         **{f"defect of {name}": value for name, value in defects.items()},
     )
