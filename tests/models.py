@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from orthoconv_param import ConvExponential, orthogonal, retrofit, set_orthogonality
+from orthoconv_param import ConvExponential, SplitExponential, orthogonal, retrofit, set_orthogonality
 from orthoconv_param.functional import gate_blocks
 from orthoconv_param.operators import evaluate
 
@@ -105,7 +105,7 @@ def reached_twice(mode):
     return _Twice(mode)
 
 
-KINDS = ["own grid", "any", "domain", "zeros", "retrofitted"]
+KINDS = ["own grid", "any", "domain", "zeros", "retrofitted", "split", "split circular", "walls"]
 
 
 def network(kind, dtype=torch.float32):
@@ -119,8 +119,11 @@ def network(kind, dtype=torch.float32):
         set_orthogonality(model, 0.5)
         return model.to(dtype), video.to(dtype)
     conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
-    if kind == "own grid":
-        parametrize.register_parametrization(conv, "weight", ConvExponential())
+    if kind in ("own grid", "split"):
+        plain = ConvExponential() if kind == "own grid" else SplitExponential()
+        parametrize.register_parametrization(conv, "weight", plain)
+    elif kind in ("split circular", "walls"):
+        orthogonal(conv, method="split", boundary="walls" if kind == "walls" else "circular")
     else:
         orthogonal(
             conv,

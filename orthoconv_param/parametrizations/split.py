@@ -50,7 +50,8 @@ class SplitExponential(Registered):
 
     The free parameter holds the generators of all factors in one tensor of one axis, of the dtype of the
     weight that it replaces. It may have any values. Its size is not the weight's: the state that an
-    optimizer has of the weight has to go, and torch refuses to register on a weight with a gradient.
+    optimizer has of the weight has to go, and a gradient too, before registration and before
+    ``remove_parametrizations``: call ``zero_grad(set_to_none=True)``.
 
     Args:
         stride: of the convolution. A parametrization sees the weight alone, so this and ``groups`` must be

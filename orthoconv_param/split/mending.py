@@ -149,10 +149,17 @@ def take(x: Tensor, axis: int, width: int) -> Tensor:
     return torch.cat([x.narrow(at, 0, width), x.narrow(at, x.size(at) - width, width)])
 
 
+def both(strips: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the last strips of `take`."""
+    shape = list(strips.shape)
+    pair = strips.reshape([2, shape[0] // 2] + shape[1:])  # noqa: RUF005, TorchScript
+    return pair[0], pair[1]
+
+
 def put(y: Tensor, strips: Tensor, axis: int) -> None:
     """Add strips to the first and the last pixels of images."""
     at, width = axis + 2, strips.size(axis + 2)
-    first, last = strips.chunk(2)
+    first, last = both(strips)
     y.narrow(at, 0, width).add_(first)
     y.narrow(at, y.size(at) - width, width).add_(last)
 
@@ -188,7 +195,7 @@ def take_fine(x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int]
     """Return the strips, on the fine grid, of images on the coarse one."""
     at, s = axis + 2, stride[axis]
     fine = patched(take(x, axis, (width + s - 1) // s), frame, stride, groups, True)
-    first, last = fine.chunk(2)
+    first, last = both(fine)
     return torch.cat([first.narrow(at, 0, width), last.narrow(at, last.size(at) - width, width)])
 
 
@@ -196,7 +203,7 @@ def put_coarse(y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list
     """Add strips on the fine grid to images on the coarse one."""
     missing = -strips.size(axis + 2) % stride[axis]
     after = [0, 0] * (len(stride) - axis - 1)
-    first, last = strips.chunk(2)
+    first, last = both(strips)
     ends = [F.pad(first, after + [0, missing]), F.pad(last, after + [missing, 0])]  # noqa: RUF005, TorchScript
     padded = torch.cat(ends)
     put(y, patched(padded, frame, stride, groups, False), axis)

@@ -34,7 +34,7 @@ class ConvRNN(nn.Module):
 
 
 def convolutions(*arguments, **options):
-    """Plain convolutions at both boundaries, and split ones of the same shape, by their names in `PAIRS`."""
+    """Return split convolutions and plain ones of the same shape, by their names in `PAIRS`."""
 
     def conv(padding_mode):
         return nn.Conv2d(*arguments, padding_mode=padding_mode, **options)
