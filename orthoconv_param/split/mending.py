@@ -104,12 +104,16 @@ def convolve_transposed(
 
 def zero_padded(x: Tensor, kernel: Tensor, axis: int, dilation: list[int], groups: int) -> Tensor:
     """Return the zero-padded convolution of a line along its axis of space."""
-    axes = len(dilation)
-    taps = kernel.size(2)
-    shape, padding = [kernel.size(0), kernel.size(1)] + [1] * axes, [0] * axes
-    shape[axis + 2] = taps
-    padding[axis] = dilation[axis] * (taps // 2)
-    return convolve(x, kernel.reshape(shape), [1] * axes, padding, dilation, groups)
+    r = dilation[axis]
+    x = x.movedim(axis + 2, -1).movedim(1, -2)  # channels and axis last
+    shape, count = list(x.shape), 1
+    for n in shape[:-2]:
+        count *= n
+    padding, rows = [r * (kernel.size(2) // 2)], kernel.size(0)
+    lines = x.reshape(count, shape[-2], shape[-1])
+    y = torch.conv1d(lines, kernel, None, [1], padding, [r], groups)
+    y = y.reshape(shape[:-2] + [rows, shape[-1]])  # noqa: RUF005, TorchScript knows no other
+    return y.movedim(-2, 1).movedim(-1, axis + 2)
 
 
 def at_ends(strips: Tensor, matrices: Tensor, axis: int, dilation: int) -> Tensor:
@@ -133,8 +137,9 @@ def at_ends(strips: Tensor, matrices: Tensor, axis: int, dilation: int) -> Tenso
         after *= n
     batch, rows = shape[0] // ends, matrices.size(2) // pixels
     x = strips.reshape(ends, batch, groups, shape[1] // groups, before, pixels, dilation, after)
-    x = x.permute(0, 2, 3, 5, 1, 4, 6, 7).reshape(ends, groups, matrices.size(3), -1)
-    y = torch.matmul(matrices, x)
+    rest = batch * before * dilation * after
+    x = x.permute(0, 2, 3, 5, 1, 4, 6, 7).reshape(ends * groups, matrices.size(3), rest)
+    y = torch.bmm(matrices.flatten(0, 1), x)
     y = y.reshape(ends, groups, rows, pixels, batch, before, dilation, after).permute(
         0, 4, 1, 2, 5, 3, 6, 7
     )
@@ -149,17 +154,15 @@ def take(x: Tensor, axis: int, width: int) -> Tensor:
     return torch.cat([x.narrow(at, 0, width), x.narrow(at, x.size(at) - width, width)])
 
 
-def both(strips: Tensor) -> tuple[Tensor, Tensor]:
+def both(strips: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Return the first and the last strips of `take`."""
-    shape = list(strips.shape)
-    pair = strips.reshape([2, shape[0] // 2] + shape[1:])  # noqa: RUF005, TorchScript
-    return pair[0], pair[1]
+    return strips.narrow(0, 0, batch), strips.narrow(0, batch, batch)
 
 
 def put(y: Tensor, strips: Tensor, axis: int) -> None:
     """Add strips to the first and the last pixels of images."""
     at, width = axis + 2, strips.size(axis + 2)
-    first, last = both(strips)
+    first, last = both(strips, y.size(0))
     y.narrow(at, 0, width).add_(first)
     y.narrow(at, y.size(at) - width, width).add_(last)
 
@@ -195,7 +198,7 @@ def take_fine(x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int]
     """Return the strips, on the fine grid, of images on the coarse one."""
     at, s = axis + 2, stride[axis]
     fine = patched(take(x, axis, (width + s - 1) // s), frame, stride, groups, True)
-    first, last = both(fine)
+    first, last = both(fine, x.size(0))
     return torch.cat([first.narrow(at, 0, width), last.narrow(at, last.size(at) - width, width)])
 
 
@@ -203,7 +206,7 @@ def put_coarse(y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list
     """Add strips on the fine grid to images on the coarse one."""
     missing = -strips.size(axis + 2) % stride[axis]
     after = [0, 0] * (len(stride) - axis - 1)
-    first, last = both(strips)
+    first, last = both(strips, y.size(0))
     ends = [F.pad(first, after + [0, missing]), F.pad(last, after + [missing, 0])]  # noqa: RUF005, TorchScript
     padded = torch.cat(ends)
     put(y, patched(padded, frame, stride, groups, False), axis)
