@@ -7,7 +7,7 @@ from test_exponential import DTYPES, skew_of_norm
 from torch import nn
 from torch.nn.utils import parametrize
 
-from orthoconv_param import ConvExponential, expm_skew, orthogonal
+from orthoconv_param import ConvExponential, SplitExponential, expm_skew, orthogonal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -34,13 +34,18 @@ def module(kind, channels=20):
     if kind == "own grid":
         parametrize.register_parametrization(conv, "weight", ConvExponential())
         return conv
+    if kind == "split":
+        parametrize.register_parametrization(conv, "weight", SplitExponential())
+        return conv
+    if kind in ("split circular", "walls"):
+        return orthogonal(conv, method="split", boundary=kind.removeprefix("split "))
     if kind == "zeros":
         conv.padding_mode = "zeros"
         return orthogonal(conv, domain=16, boundary="zeros")
     return orthogonal(conv, domain="any" if kind == "any" else 16)
 
 
-KINDS = ["own grid", "any", "domain", "zeros"]
+KINDS = ["own grid", "any", "domain", "zeros", "split", "split circular", "walls"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
