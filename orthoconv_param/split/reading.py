@@ -15,6 +15,7 @@ from .peeling import Peeled, peel
 
 _STEPS = 20  # of a round of the descent
 _ROUNDS = 10  # of which another follows while one more than halves the distance
+_FAR = 1e-3  # of an entry from the family
 _EXACT = 32  # units of rounding to which a kernel is read back
 
 
@@ -34,13 +35,17 @@ def read(
         return W.new_empty(chain.groups * chain.numbers), identities(chain, W)
     peeled = peel(chain, W)
     X, base = _generator(chain, peeled, triv), join_bases(peeled.coins)
-    if _distance(chain, X, base, W, triv) <= _EXACT * eps:
+    distance = _distance(chain, X, base, W, triv)
+    if distance <= _EXACT * eps or not chain.steps:  # the polar factor of patches is the nearest frame
         return X, base
     if proper:  # a near kernel with other coins
         coins, K = _proper(chain, peeled.coins, chain.split(X)[1])
         coins[-1][torch.linalg.det(coins[-1]).real < 0, -1] *= -1
         X, base = chain.join(chain.split(X)[0], K), join_bases(coins)
-    return folded(chain, _descended(chain, X, base, W, triv), base, triv)
+    # far from the family, there is nothing that double precision would show
+    dtype = W.dtype if distance < _FAR else torch.complex64 if W.is_complex() else torch.float32
+    near = _descended(chain, X.to(dtype), base.to(dtype), W.to(dtype), triv)
+    return folded(chain, near.to(W.dtype), base, triv)
 
 
 def logarithms(chain: Chain, X: Tensor, base: Tensor, triv: str | maps.Trivialization) -> Tensor:
