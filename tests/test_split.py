@@ -259,7 +259,7 @@ def test_large_images_are_computed_as_small_ones_are(name, keeps, monkeypatch):
     """Whether what is between the factors is kept for the gradient, or computed again."""
     module = made(name, "walls")
     x = random(2, module.in_channels, *(5 * s for s in module.stride)).requires_grad_()
-    monkeypatch.setattr("orthoconv_param.split.between._KEPT_BYTES", 2**24 if keeps else 0)
+    monkeypatch.setattr("orthoconv_param.split.between._KEPT_BYTES", 2**25 if keeps else 0)
     y = module(x)
     found = torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
     monkeypatch.setattr("orthoconv_param.runtime.is_transformed", lambda: True)  # the plain form

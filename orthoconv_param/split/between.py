@@ -19,7 +19,7 @@ from ..matrices.products import adjoint
 from ..torus.geometry import Geometry, convolve, convolve_transposed
 from .chain import Chain, Factors
 
-_KEPT_BYTES = 2**24  # of images between the factors, above which a backward pass computes them again
+_KEPT_BYTES = 2**25  # of images between the factors, above which a backward pass computes them again
 _IMAGES_AT_ONCE = 32  # of which the gradients by a matrix are summed
 
 
