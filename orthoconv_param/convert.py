@@ -169,7 +169,9 @@ def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str
     origin = tuple(o if k == before else r * (k // 2) for k, before, r, o in taps)
     placement = Placement(whole.dilation, origin)
     geometry = replace(whole, size=(*whole.size[:2], *chain.taps), placement=placement)
-    if chain.steps and (edges.has_walls or (edges.is_periodic and whole.transposed)):
+    # torch's transposed convolutions know zero padding only
+    torchs = not edges.has_walls and not (edges.is_periodic and whole.transposed)
+    if not torchs and not chain.is_within_patches(geometry):
         install(module, parametrization, Action(geometry, edges, None, whole.dilation))
     else:
         install(module, parametrization, None, **_padding(module, geometry, edges))
@@ -323,7 +325,8 @@ def _boundary(module: Any, name: str | None) -> Boundary:
         raise ValueError(
             f"padding_mode={module.padding_mode!r} counts pixels near the edge several times, so that no "
             "kernel makes it orthogonal: boundary should be given, "
-            'boundary="circular" to make the module periodic, or "zeros". Found None'
+            'boundary="circular" to make the module periodic, "zeros", or with method="split" "walls". '
+            "Found None"
         )
     return CIRCULAR
 

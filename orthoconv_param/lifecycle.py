@@ -12,6 +12,7 @@ from .checks import Size
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Fixed, Parametrized
+from .parametrizations.split import SplitExponential
 from .split.mending import Mended, mended
 from .torus.boundary import margins
 from .torus.geometry import sized
@@ -90,6 +91,12 @@ def take_note(weight: Parametrized, state_dict: dict[str, Any], prefix: str) -> 
     generator = state_dict.get(f"{prefix}parametrizations.weight.{weight.names[0]}")
     if weight.only is not None and isinstance(generator, Tensor):
         weight.only.loaded(generator)
+
+
+def remind(weight: Parametrized) -> None:
+    """Let a split parametrization know its generator, which torch does not tell it before an assignment."""
+    if isinstance(weight.only, SplitExponential):
+        weight.only.given.note(weight.tensors[0])
 
 
 # Removal
@@ -194,10 +201,9 @@ def steps(taps: Size, action: Action) -> tuple[list[int], ...]:
     """
     before, after, start = margins(taps, action.geometry, action.dilation)
     stride, none = action.geometry.stride, (0,) * len(taps)
-    rest = none
+    rest = tuple(s - 1 for s in stride)
     if not action.boundary.is_periodic:
         before = after = start = none
-        rest = tuple(s - 1 for s in stride)
     numbers = (before, after, start, stride, action.dilation, rest, taps, action.domain or none)
     return tuple([*each] for each in numbers)
 

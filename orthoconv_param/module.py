@@ -85,6 +85,7 @@ def own_class(base: Any, evaluated: bool) -> Any:
         @weight.setter
         def weight(self, value: Tensor) -> None:
             stack = self.parametrizations["weight"]
+            lifecycle.remind(Parametrized(stack))
             stack.right_inverse(value)
             runtime.forget(stack)
 

@@ -85,6 +85,10 @@ GEOMETRIES = {  # taps, channels on the fine side, on the coarse side, options
     "stride 2, 5x5, tall": ((5, 5), 3, 16, {"stride": 2}),
     "stride 3, 7x7": ((7, 7), 2, 6, {"stride": 3}),
     "stride (1, 2)": ((3, 4), 4, 6, {"stride": (1, 2)}),
+    "stride 3, dilated": ((3,), 4, 4, {"stride": 3, "dilation": 2}),
+    "stride 2, dilated by 3": ((3, 3), 2, 4, {"stride": (2, 1), "dilation": (3, 1)}),
+    "stride (1, 2), fewer taps": ((3, 1), 4, 4, {"stride": (1, 2)}),
+    "stride (1, 3), fewer taps": ((3, 2), 4, 4, {"stride": (1, 3)}),
     "patches": ((2, 2), 3, 12, {"stride": 2}),
     "patches of one channel": ((3, 3), 1, 4, {"stride": 3}),
     "1d": ((3,), 4, 4, {}),
@@ -93,7 +97,19 @@ GEOMETRIES = {  # taps, channels on the fine side, on the coarse side, options
     "3d": ((3, 3, 3), 2, 2, {}),
     "3d, mixed": ((3, 1, 2), 3, 3, {"stride": (1, 1, 2)}),
 }  # fmt: skip
-OFTEN = ("3x3", "3x3, 3 to 16", "4x4", "5x5", "dilated", "stride 2, 4x4", "stride (1, 2)", "1d", "3d")
+OFTEN = (
+    "stride 3, dilated",
+    "stride (1, 2), fewer taps",
+    "3x3",
+    "3x3, 3 to 16",
+    "4x4",
+    "5x5",
+    "dilated",
+    "stride 2, 4x4",
+    "stride (1, 2)",
+    "1d",
+    "3d",
+)
 SIZES = {1: [(1,), (4,), (17,)], 2: [(1, 1), (1, 4), (2, 2), (5, 7)], 3: [(1, 2, 1), (2, 3, 4)]}
 LARGER = {1: [(31,)], 2: [(16, 16), (31, 32)], 3: [(5, 4, 6)]}
 every_geometry = pytest.mark.parametrize("name", [n if n in OFTEN else slow(n) for n in GEOMETRIES])
@@ -107,6 +123,10 @@ def made(name, boundary, dtype=torch.float64, transposed=False, seed=0):
     ):
         pytest.skip("no padding keeps the size")
     module = make(taps, fine, coarse, dtype, transposed, seed, **options)
+    if boundary == "walls" and max(module.dilation) > 1 and max(module.stride) > 1:
+        with pytest.raises(ValueError, match="dilation=1"):
+            orthogonal(module, method="split", boundary=boundary)
+        pytest.skip("a wall would cut its patches")
     return orthogonal(module, method="split", boundary=boundary)
 
 
@@ -474,6 +494,27 @@ def test_updating_the_base_and_checkpoints_keep_the_operator_between_walls(name,
     check(module, "walls")
 
 
+@pytest.mark.parametrize("steps", [0, 25])
+def test_a_kernel_that_equals_the_present_one_keeps_the_operator_between_walls(steps):
+    module = trained(made("3x3", "walls"), steps)
+    x, twin = random(2, 4, 5, 5), copy.deepcopy(module)
+    y = module(x)
+    twin.weight = module.weight.detach()
+    close(twin(x), y)
+    module.load_state_dict(module.state_dict())
+    module.weight = module.weight.detach()
+    close(module(x), y)
+
+
+def test_at_registration_pairs_rotate_by_no_more_than_a_right_angle():
+    """So that a kernel of the family has one operator between walls."""
+    for seed in range(5):
+        module = made("3x3", "walls", seed=seed)
+        (X,) = generators(module)
+        _, K = module.parametrizations.weight[0].chain.split(X.detach())
+        assert torch.linalg.svdvals(K).max() <= torch.pi / 2 + 1e-9
+
+
 def test_update_base_moves_coins_into_the_base_and_keeps_pairs():
     module = trained(made("3x3", "walls"), 5)
     parametrization, (X,) = module.parametrizations.weight[0], generators(module)
@@ -500,6 +541,13 @@ def test_a_plain_checkpoint_starts_from_its_weights_and_others_are_refused(bound
         with pytest.raises(RuntimeError, match="the checkpoint should be of a convolution with"):
             module.load_state_dict(found.state_dict())
         assert torch.equal(module.weight, before)
+
+
+def test_without_a_base_channels_have_to_be_alike():
+    for conv in (nn.Conv2d(3, 2, 3), nn.Conv2d(2, 3, 3)):
+        with pytest.raises(ValueError, match="a frame has no logarithm"):
+            register_parametrization(conv, "weight", SplitExponential(base=False))
+        assert type(conv) is nn.Conv2d
 
 
 def test_without_a_base_coins_are_exponentials():

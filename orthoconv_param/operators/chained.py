@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..checks import Size
+from ..checks import HALF, Size
 from ..split import between
 from ..split.chain import Chain, Factors
 from ..torus.geometry import Geometry
-from .operator import Operator
+from .operator import Operator, with_bias
 
 
 class Prepared(NamedTuple):
@@ -41,11 +41,11 @@ class Chained:
                 "between walls the weight should have no other parametrization than SplitExponential: what "
                 "the module does there comes from its factors. Found another one on top of it"
             )
-        chain, factors = found
-        dtype = operator.weight.tensors[0].dtype
-        coins = tuple(coin.to(dtype) for coin in factors.coins)
-        return Prepared(chain, Factors(coins, factors.pairs.to(dtype)), operator.geometry)
+        return Prepared(*found, operator.geometry)
 
     def apply(self, state: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply them to images ``(batch, channels, *size)``, and add a bias."""
+        if x.dtype in HALF:  # which each factor would round
+            y = between.apply(state.chain, state.factors, x.float(), None, state.geometry)
+            return with_bias(y.to(x.dtype), bias)
         return between.apply(state.chain, state.factors, x, bias, state.geometry)

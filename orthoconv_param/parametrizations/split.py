@@ -61,7 +61,8 @@ class SplitExponential(Registered):
         triv: ``"expm"``, ``"cayley"``, or a callable from skew-Hermitian ``(..., m, m)`` to unitary
             matrices, as geotorch's are; it is tried once on small ones.
         base: whether each coin is a fixed orthogonal matrix times the exponential. Then
-            ``geotorch.utils.update_base`` works. Default: True. ``False``: assigning takes the logarithm.
+            ``geotorch.utils.update_base`` works. Default: True. ``False``: assigning takes the logarithm,
+            and there have to be as many channels out as in.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, or a ``triv`` that does not give unitary
@@ -72,7 +73,10 @@ class SplitExponential(Registered):
 
     Assigning ``conv.weight = W`` reads back a kernel of the family. Any other goes to one that is
     near it, by a descent from a start that singular value decompositions give; the same for the same ``W``.
-    A kernel that equals the present one keeps its pairs, and moves its coins into the base.
+    A kernel that equals the present one keeps its pairs, and moves its coins into the base. The factors
+    that are read back are the canonical ones, whose pairs rotate by angles up to ``pi/2``. Training may
+    take them further, and other factors of the same kernel do other things between walls: so copy a module
+    by its ``state_dict``, and not by its weight.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -122,7 +126,7 @@ class SplitExponential(Registered):
         self.has_base = base is not False
         self.between_walls = False
         self.chain: Chain | None = None  # once registered
-        self._given = runtime.LastGiven()
+        self.given = runtime.LastGiven()
         # The coins' bases, (groups, ...), as real numbers: `Module.to` drops the imaginary part of others.
         self.register_buffer("base", None)
 
@@ -180,7 +184,7 @@ class SplitExponential(Registered):
         self.check_generator(X, (chain.groups * chain.numbers,))
         Y = at_least_single(X)
         W = fast.weight(chain, Y, self._bases(Y), self.triv).to(X.dtype)
-        self._given.note(X)
+        self.given.note(X)
         return W
 
     @runtime.in_full_precision
@@ -266,7 +270,7 @@ class SplitExponential(Registered):
 
         A parametrization is not told its generator when a weight is assigned: it remembers the last one.
         """
-        X = self._given()
+        X = self.given()
         if X is None or self.geometry is None or X.is_meta or tuple(W.shape) != self.geometry.size:
             return None
         X = X.detach()
@@ -314,6 +318,11 @@ class SplitExponential(Registered):
             if tuple(W.shape) not in sizes:
                 allowed = " or ".join(map(str, sorted(sizes)))
                 raise ValueError(f"the weight should be of size {allowed}. Found {tuple(W.shape)}")
+        if not self.has_base and any(rows != columns for rows, columns in chain.coins):
+            raise ValueError(
+                "base=False should only be used where each group gives as many channels as it takes: a "
+                f"frame has no logarithm. Found coins of sizes {chain.coins}"
+            )
         if self._reference is not None and W.dtype != self._reference.dtype:
             raise TypeError(f"the weight should be of dtype {self._reference.dtype}. Found {W.dtype}")
         check_finite("the weight", W)
@@ -416,7 +425,7 @@ class SplitExponential(Registered):
 
     def _loaded_or_moved(self, moved: bool) -> None:
         """Forget what was given: it may be of another dtype, or on another device."""
-        self._given = runtime.LastGiven()
+        self.given = runtime.LastGiven()
 
 
 def _double(W: Tensor) -> torch.dtype:

@@ -57,6 +57,7 @@ class Chain:
         taps: of the weight.
         first: index in the weight of the kernel's first tap, on each axis; before it taps are 0.
         patch: samples that the last coin maps to one, on each axis.
+        stride: from one patch to the next.
         steps: between the coins, in the order in which they act.
     """
 
@@ -66,6 +67,7 @@ class Chain:
     taps: Size
     first: Size
     patch: Size
+    stride: Size
     steps: tuple[Step, ...]
 
     @classmethod
@@ -80,18 +82,11 @@ class Chain:
         """
         axes = [_axis(geometry, axis, between_walls) for axis in range(geometry.axes)]
         steps = tuple(step for part in axes for step in part.steps)
-        first, patch, taps = (
-            tuple(getattr(part, name) for part in axes) for name in ("first", "patch", "taps")
+        first, patch, taps, stride = (
+            tuple(getattr(part, name) for part in axes) for name in ("first", "patch", "taps", "stride")
         )
-        self = cls(
-            geometry.groups,
-            geometry.size[0] // geometry.groups,
-            geometry.size[1],
-            taps,
-            first,
-            patch,
-            steps,
-        )
+        groups, (out, columns) = geometry.groups, geometry.size[:2]
+        self = cls(groups, out // groups, columns, taps, first, patch, stride, steps)
         self._check(geometry)
         return self
 
@@ -108,18 +103,30 @@ class Chain:
                 f"{geometry.size} with {self.groups} groups"
             )
         seen = self.columns * prod(self.patch)
-        if self.rows > seen and any(t < s for t, s in zip(self.patch, geometry.stride, strict=True)):
+        if self.rows > seen and any(t < s for t, s in zip(self.patch, self.stride, strict=True)):
             raise ValueError(
                 f"the stride {geometry.stride} skips samples of a kernel of {geometry.taps} taps, which "
                 f"leaves at most {seen} channels out of each group. Found {self.rows}"
             )
 
+    def is_within_patches(self, geometry: Geometry) -> bool:
+        """Return True if no tap of a kernel leaves the patch of its pixel, so that it meets no boundary."""
+        axes = zip(
+            self.first,
+            self.lengths,
+            geometry.dilation,
+            geometry.placement.origin,
+            geometry.stride,
+            strict=True,
+        )
+        return all(r * first >= o and r * (first + k - 1) - o < s for first, k, r, o, s in axes)
+
     # The factors' sizes
 
     @property
     def is_strided(self) -> bool:
-        """Return True if the last coin maps patches."""
-        return max(self.patch) > 1
+        """Return True if the last coin maps patches, one for each pixel of a coarser grid."""
+        return max(self.stride) > 1
 
     @property
     def lengths(self) -> Size:
@@ -195,6 +202,7 @@ class _Axis(NamedTuple):
     taps: int
     first: int
     patch: int
+    stride: int
     steps: list[Step]
 
 
@@ -217,8 +225,8 @@ def _axis(geometry: Geometry, axis: int, between_walls: bool) -> _Axis:
     if s == 1:
         k -= between_walls and k % 2 == 0
         steps = [Step(axis, True)] * ((k - 1) // 2)
-        return _Axis(k, 0, 1, [*steps, *[Step(axis, False)] * (k % 2 == 0)])
+        return _Axis(k, 0, 1, 1, [*steps, *[Step(axis, False)] * (k % 2 == 0)])
     # on a torus every place is as good as any other
     before = min(before, max(0, k - s))
     pairs = max(0, min(before, k - s - before))
-    return _Axis(k, before - pairs, min(k, s), [Step(axis, True)] * pairs)
+    return _Axis(k, before - pairs, min(k, s), s, [Step(axis, True)] * pairs)

@@ -45,6 +45,11 @@ def read(
     # far from the family, there is nothing that double precision would show
     dtype = W.dtype if distance < _FAR else torch.complex64 if W.is_complex() else torch.float32
     near = _descended(chain, X.to(dtype), base.to(dtype), W.to(dtype), triv)
+    found = kernel(chain, factors(chain, near.to(W.dtype), base, triv))
+    peeled = peel(chain, found)  # canonical, so that between walls too a kernel has one operator
+    X, canonical = _generator(chain, peeled, triv), join_bases(peeled.coins)
+    if _distance(chain, X, canonical, found, triv) <= _EXACT * eps:
+        return X, canonical
     return folded(chain, near.to(W.dtype), base, triv)
 
 
@@ -57,10 +62,7 @@ def logarithms(chain: Chain, X: Tensor, base: Tensor, triv: str | maps.Trivializ
     inverse = maps.inverse(triv)
     assert inverse is not None  # checked by the constructor
     coins, K = _proper(chain, chain.bases(base), chain.split(X)[1])
-    generators = [
-        inverse(C)[:, :rows, :columns] for C, (rows, columns) in zip(coins, chain.coins, strict=True)
-    ]
-    return chain.join(generators, K)
+    return chain.join([inverse(C) for C in coins], K)
 
 
 def _generator(chain: Chain, peeled: Peeled, triv: str | maps.Trivialization) -> Tensor:
@@ -109,24 +111,13 @@ def _proper(chain: Chain, coins: list[Tensor], K: Tensor) -> tuple[list[Tensor],
     """
     if K.is_complex():
         return coins, K
-    coins, K = [C.clone() for C in coins], K.clone()
-    pair = 0
+    coins, K, pair = [C.clone() for C in coins], K.clone(), 0
     for i, step in enumerate(chain.steps):
-        rows, columns = chain.coins[i]
         flips = torch.linalg.det(coins[i]) < 0
-        if rows > columns:  # its last columns are free
-            coins[i][flips, :, -1] *= -1
-        else:
-            coins[i][flips, 0] *= -1
-            following = coins[i + 1]
-            width = chain.coins[i + 1][1] // chain.channels
-            following[flips, :, :width] *= -1
-            if step.is_pair:
-                K[flips, pair, :, 0] *= -1
+        patch = chain.coins[i + 1][1] // chain.channels
+        coins[i][flips, 0] *= -1
+        coins[i + 1][flips, :, :patch] *= -1
+        if step.is_pair:
+            K[flips, pair, :, 0] *= -1
         pair += step.is_pair
-    rows, columns = chain.coins[-1]
-    if rows != columns:
-        flips = torch.linalg.det(coins[-1]) < 0
-        free = coins[-1][..., -1] if rows > columns else coins[-1][:, -1]
-        free[flips] *= -1
     return coins, K

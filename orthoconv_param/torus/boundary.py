@@ -124,7 +124,9 @@ class Circular(Boundary):
         x, none = surround(x, before, after), (0,) * len(domain)
         if not geometry.transposed:
             return convolve(x, kernel, stride, none, dilation, groups)
-        y = convolve_transposed(x, kernel, stride, none, none, dilation, groups)
+        # a kernel of fewer taps than the stride leaves the last samples empty
+        rest = tuple(s - 1 for s in stride)
+        y = convolve_transposed(x, kernel, stride, none, rest, dilation, groups)
         return cut(y, domain, start)
 
     def is_torchs(
