@@ -51,8 +51,8 @@ def plot_spectrum(
     Raises:
         ImportError: if matplotlib is missing (extra ``[plot]``).
         TypeError, ValueError: as `singular_values`; if a module's padding does not keep the size, or
-            mirrors or repeats the image's edge, or if it is between walls; if its forward is its own; if the
-            stride does not divide the domain; if ``before`` or ``axes`` do not fit the convolution.
+            mirrors or repeats the image's edge, or if it is between walls; if its forward is its own; if
+            the stride does not divide the domain; if ``before`` or ``axes`` do not fit the convolution.
 
     Cost: the singular values and eigenvalues of one matrix for each frequency.
 
