@@ -176,7 +176,7 @@ def check(module, boundary, larger=False):
 )
 @pytest.mark.parametrize("transposed", [False, True])
 @every_geometry
-@pytest.mark.parametrize("boundary", ["circular", "walls", "zeros"])
+@pytest.mark.parametrize("boundary", ["circular", "walls", slow("zeros")])
 def test_the_modules_own_operator_is_orthogonal_before_training_and_after(
     boundary, name, transposed, dtype
 ):
@@ -581,9 +581,9 @@ def test_other_maps(triv):
 # Removal
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [False, slow(True)])
 @every_geometry
-@pytest.mark.parametrize("boundary", ["circular", "walls", "zeros"])
+@pytest.mark.parametrize("boundary", [slow("circular"), "walls", slow("zeros")])
 def test_what_removal_leaves_computes_the_same(boundary, name, transposed):
     module = trained(made(name, boundary, torch.float32, transposed), 3)
     images = [
@@ -696,11 +696,10 @@ def test_its_repr_says_what_it_is():
     assert "orthogonal between walls" in repr(module)
 
 
-@pytest.mark.parametrize("factor", [1.0])
-def test_parameters_and_buffers_are_few(factor):
+def test_parameters_and_buffers_are_fewer_than_the_plain_layers():
     for k in (3, 5, 7):
         plain = nn.Conv2d(32, 32, k, padding=k // 2, bias=False)
         count = sum(p.numel() for p in plain.parameters())
         orthogonal(plain, method="split", boundary="walls")
         ours = sum(p.numel() for p in (*plain.parameters(), *plain.buffers()))
-        assert ours < factor * count
+        assert ours < count
