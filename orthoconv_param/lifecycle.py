@@ -184,8 +184,7 @@ def plain_class(cls: Any) -> Any:
 @cache
 def removed_class(plain: Any) -> Any:
     """Return the class of convolutions that `Removed` evaluates. Nothing ever changes it."""
-    # torch.fx takes modules of torch.nn as they are, and does not trace into their hooks
-    return type(f"Orthogonal{plain.__name__}", (Removed, plain), {"__module__": plain.__module__})
+    return type(f"Orthogonal{plain.__name__}", (Removed, plain), {})
 
 
 def rebuild(plain: Any) -> Any:

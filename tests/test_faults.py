@@ -724,15 +724,6 @@ def test_weights_are_contiguous_with_blocks_and_without(anneal, boundary):
         nn.utils.parameters_to_vector(model.parameters())
 
 
-def test_symbolic_tracing_leaves_a_pruned_module_as_it_was():
-    module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), domain=8, boundary="zeros")
-    parametrize.remove_parametrizations(module, "weight")
-    prune.l1_unstructured(module, "weight", 0.3)
-    x = torch.randn(2, 4, 8, 8)
-    close(torch.fx.symbolic_trace(nn.Sequential(module))(x), module(x))
-    assert type(module.weight) is torch.Tensor
-
-
 @pytest.mark.parametrize("domain", ["any", (16, 16)])
 def test_large_batches_are_contiguous(domain):
     conv = orthogonal(nn.Conv2d(8, 8, 3, padding=1), domain=domain)
