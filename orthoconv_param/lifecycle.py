@@ -15,7 +15,8 @@ from .operators.weight import Fixed, Parametrized
 from .parametrizations.split import SplitExponential
 from .split.mending import Mended, mended
 from .torus.boundary import margins
-from .torus.geometry import sized
+from .torus.geometry import convolve as convolve_directly
+from .torus.geometry import convolve_transposed, sized
 
 
 class Installed:
@@ -275,22 +276,12 @@ class Removed(nn.Module):
                 first = (taps - 1) // 2 - padding[axis]
                 index = torch.arange(first, first + 2 * padding[axis] + 1, device=x.device) % taps
                 kernel = kernel.index_select(axis + 2, index)
-        groups = self.groups
         if self.transposed:
-            if axes == 1:
-                y = torch.conv_transpose1d(x, kernel, None, stride, padding, rest, groups, dilation)
-            elif axes == 2:
-                y = torch.conv_transpose2d(x, kernel, None, stride, padding, rest, groups, dilation)
-            else:
-                y = torch.conv_transpose3d(x, kernel, None, stride, padding, rest, groups, dilation)
+            y = convolve_transposed(x, kernel, stride, padding, rest, dilation, self.groups)
             for axis in range(axes):
                 y = y.narrow(axis + 2, start[axis], size[axis])
-        elif axes == 1:
-            y = torch.conv1d(x, kernel, None, stride, padding, dilation, groups)
-        elif axes == 2:
-            y = torch.conv2d(x, kernel, None, stride, padding, dilation, groups)
         else:
-            y = torch.conv3d(x, kernel, None, stride, padding, dilation, groups)
+            y = convolve_directly(x, kernel, stride, padding, dilation, self.groups)
         bias = self.bias
         if bias is not None:
             y = y + bias.reshape([-1] + [1] * axes)

@@ -5,8 +5,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .split.mending import Mended, convolve, convolve_transposed, mend, pads
-from .torus.geometry import Geometry, sized
+from .split.mending import Mended, convolved_to, mend, pads
+from .torus.geometry import Geometry, convolve, sized
 
 
 def become(module: Any, m: Mended, geometry: Geometry) -> None:
@@ -77,7 +77,7 @@ def convolve_walled(
     x = sized(x, [0] * len(stride), stride, transposed)
     if transposed:
         size = [x.size(axis + 2) * stride[axis] for axis in range(len(stride))]
-        y = convolve_transposed(x, weight, stride, padding, dilation, groups, size)
+        y = convolved_to(x, weight, stride, padding, dilation, groups, size)
     else:
         y = convolve(x, weight, stride, padding, dilation, groups)
     y = mend(x, y, kernels, ends, shorts, parts[-1], axes, stride, dilation, transposed)

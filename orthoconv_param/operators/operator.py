@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from ..torus.boundary import Boundary
-from ..torus.geometry import Geometry
+from ..torus.geometry import Geometry, per_channel
 from ..torus.lattice import Lattice, Placement
 from .weight import Weight
 
@@ -90,4 +90,4 @@ class Operator:
 
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     """Return images with a bias added to each channel."""
-    return y if bias is None else y + bias.reshape(-1, *(1,) * (y.ndim - 2))
+    return y if bias is None else y + per_channel(bias, y)

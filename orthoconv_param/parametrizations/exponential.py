@@ -18,7 +18,7 @@ from geotorch.exceptions import InManifoldError
 from torch import Tensor
 
 from .. import runtime
-from ..checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
+from ..checks import Size, at_least_single, check_dtype, check_finite, per_axis
 from ..matrices import maps
 from ..matrices.expm import expm_frame
 from ..matrices.products import product, skew
@@ -111,8 +111,6 @@ class ConvExponential(Registered):
         True
     """
 
-    base: Tensor | None
-
     def __init__(
         self,
         domain: int | Size | Literal["any"] | None = None,
@@ -123,17 +121,13 @@ class ConvExponential(Registered):
         base: bool | None = None,
         tol: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(stride, groups, triv, base)
         if isinstance(domain, str):
             if domain != "any":
                 raise ValueError(f'domain should be None, a size, or "any". Found {domain!r}')
         elif domain is not None:
             sizes = per_axis("domain", domain)
             domain = sizes if isinstance(domain, (tuple, list)) else sizes[0]
-        strides = per_axis("stride", stride)
-        maps.check_trivialization(triv)
-        if not (base is None or isinstance(base, bool)):
-            raise TypeError(f"base should be None, True or False. Found {base!r}")
         if base and domain == "any":
             raise ValueError('base should be None or False with domain="any", which has no base')
         if base is False and domain not in (None, "any"):
@@ -141,28 +135,19 @@ class ConvExponential(Registered):
                 "base should be None or True with a given domain: the logarithm of a kernel on it "
                 "has more taps than the generator"
             )
-        if base is False and domain is None and maps.inverse(triv) is None:
-            raise ValueError(
-                f"base=False takes an inverse of triv, which {maps.name(triv)} does not have: "
-                "triv should be given by name, or base be True"
-            )
+        if domain is None:
+            self.check_inverse()
         if tol is not None and domain != "any":
             raise ValueError('tol should be None unless domain="any": elsewhere nothing is truncated')
         if tol is not None and not (isinstance(tol, float) and 0 < tol < 1):
             raise ValueError(f"tol should be between 0 and 1. Found {tol!r}")
 
         self.domain: int | Size | str | None = domain
-        self.stride = strides if isinstance(stride, (tuple, list)) else strides[0]
-        self.groups = count("groups", groups)
-        self.triv = triv
         self.tol = tol
         self.has_base = domain != "any" if base is None else base
         self.compact: Degree | None = None  # of the weight with domain="any", once its norm is known
         self._reader = runtime.LateReader()
         self._issued = runtime.LastIssued()
-        # The base's spectrum as real numbers, (groups, frequencies, 2 m^2): `Module.to` drops the imaginary
-        # part of complex buffers, and gives those of 4 or 5 axes a memory format.
-        self.register_buffer("base", None)
 
     @classmethod
     def placed(
@@ -506,11 +491,7 @@ class ConvExponential(Registered):
         """Say what ``print(conv)`` says of the parametrization."""
         size = "" if self.geometry is None else f"{self.geometry.size}, "
         taps = f", taps={self.taps}" if self.domain == "any" and self.geometry is not None else ""
-        optional = "".join(
-            f", {key}={value}"
-            for key, value in (("stride", self.stride), ("groups", self.groups))
-            if max(per_axis(key, value)) > 1
-        )
+        optional = "".join(f", {option}" for option in self.options())
         tol = "" if self.tol is None else f", tol={self.tol}"
         return (
             f"{size}domain={self.domain!r}{taps}{optional}, "

@@ -1,5 +1,6 @@
 """`Registered`: what a parametrization knows of its weight, through moves and checkpoints."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -7,25 +8,68 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..checks import Size
+from ..checks import Size, count, per_axis
+from ..matrices import maps
 from ..torus.geometry import Geometry
 from ..torus.lattice import Placement
 from . import signature
 
 
-class Registered(nn.Module):
-    """A parametrization that takes size, dtype and device of the weight on which it is registered."""
+class Registered(nn.Module, ABC):
+    """A parametrization that takes size, dtype and device of the weight on which it is registered.
+
+    Args:
+        stride: of the convolution.
+        groups: of the convolution.
+        triv: the map from skew to unitary matrices.
+        base: whether what it gives is moved by fixed unitary matrices.
+
+    Raises:
+        TypeError, ValueError: if these are not as `ConvExponential` and `SplitExponential` say.
+    """
 
     _reference: Tensor | None
     _unitary: ClassVar[tuple[str, ...]] = ("base",)  # the buffers of unitary matrices
 
-    def __init__(self) -> None:
+    base: Tensor | None
+
+    def __init__(
+        self, stride: int | Size, groups: int, triv: str | maps.Trivialization, base: bool | None
+    ) -> None:
         super().__init__()
+        strides = per_axis("stride", stride)
+        maps.check_trivialization(triv)
+        if not (base is None or isinstance(base, bool)):
+            raise TypeError(f"base should be None, True or False. Found {base!r}")
+        self.stride = strides if isinstance(stride, (tuple, list)) else strides[0]
+        self.groups = count("groups", groups)
+        self.triv = triv
+        self.has_base = base is not False
         self.placement: Placement | None = None  # of the generator's taps, if they are not centred
         self.owner: str | None = None  # the module, in words
         self.context: dict[str, str] = {}  # what else tells checkpoints apart: see `signature`
         self.geometry: Geometry | None = None  # of the generator, once registered
         self.register_buffer("_reference", None, persistent=False)  # an empty tensor: dtype and device
+        # The base as real numbers: `Module.to` drops the imaginary part of complex buffers, and gives those
+        # of 4 or 5 axes a memory format.
+        self.register_buffer("base", None)
+
+    def check_inverse(self) -> None:
+        """Raise if there is no base, and the map has no inverse.
+
+        Raises:
+            ValueError: then.
+        """
+        if not self.has_base and maps.inverse(self.triv) is None:
+            raise ValueError(
+                f"base=False takes an inverse of triv, which {maps.name(self.triv)} does not have: "
+                "triv should be given by name, or base be True"
+            )
+
+    def options(self) -> list[str]:
+        """Return what ``print`` says of stride and groups."""
+        options = (("stride", self.stride), ("groups", self.groups))
+        return [f"{key}={value}" for key, value in options if max(per_axis(key, value)) > 1]
 
     def _registered(self) -> tuple[Geometry, Tensor]:
         if self.geometry is None or self._reference is None:
@@ -49,9 +93,9 @@ class Registered(nn.Module):
 
     # Checkpoints
 
+    @abstractmethod
     def signature(self) -> dict[str, str]:
         """Return what a checkpoint is of, in words."""
-        raise NotImplementedError
 
     def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Say in what a checkpoint is of something else; None if in nothing that it tells."""
@@ -108,10 +152,10 @@ class Registered(nn.Module):
         self._loaded_or_moved(moved=True)
         return self
 
+    @abstractmethod
     def _projected(self, buffer: Tensor) -> Tensor:
         """Return the unitary matrices nearest to those of a buffer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _loaded_or_moved(self, moved: bool) -> None:
         """Take note of new values, or if ``moved`` of a new dtype or device."""
-        raise NotImplementedError

@@ -15,7 +15,7 @@ from geotorch.exceptions import InManifoldError
 from torch import Tensor
 
 from .. import runtime
-from ..checks import Size, at_least_single, check_dtype, check_finite, count, per_axis
+from ..checks import Size, at_least_single, check_dtype, check_finite
 from ..matrices import maps
 from ..matrices.products import skew
 from ..matrices.unitary import haar, polar
@@ -100,8 +100,6 @@ class SplitExponential(Registered):
         True
     """
 
-    base: Tensor | None
-
     def __init__(
         self,
         *,
@@ -110,25 +108,11 @@ class SplitExponential(Registered):
         triv: str | maps.Trivialization = "expm",
         base: bool | None = None,
     ) -> None:
-        super().__init__()
-        strides = per_axis("stride", stride)
-        maps.check_trivialization(triv)
-        if not (base is None or isinstance(base, bool)):
-            raise TypeError(f"base should be None, True or False. Found {base!r}")
-        if base is False and maps.inverse(triv) is None:
-            raise ValueError(
-                f"base=False takes an inverse of triv, which {maps.name(triv)} does not have: "
-                "triv should be given by name, or base be True"
-            )
-        self.stride = strides if isinstance(stride, (tuple, list)) else strides[0]
-        self.groups = count("groups", groups)
-        self.triv = triv
-        self.has_base = base is not False
+        super().__init__(stride, groups, triv, base)
+        self.check_inverse()
         self.between_walls = False
         self.chain: Chain | None = None  # once registered
         self.given = runtime.LastGiven()
-        # The coins' bases, (groups, ...), as real numbers: `Module.to` drops the imaginary part of others.
-        self.register_buffer("base", None)
 
     @classmethod
     def placed(
@@ -398,14 +382,9 @@ class SplitExponential(Registered):
     def extra_repr(self) -> str:
         """Say what ``print(conv)`` says of the parametrization."""
         size = [] if self.geometry is None else [str(self.geometry.size)]
-        optional = [
-            f"{key}={value}"
-            for key, value in (("stride", self.stride), ("groups", self.groups))
-            if max(per_axis(key, value)) > 1
-        ]
         walls = ["between_walls=True"] if self.between_walls else []
         rest = [f"triv={maps.name(self.triv)}", f"base={self.has_base}"]
-        return ", ".join([*size, *optional, *walls, *rest])
+        return ", ".join([*size, *self.options(), *walls, *rest])
 
     def signature(self) -> dict[str, str]:
         """Return what a checkpoint is of, in words."""

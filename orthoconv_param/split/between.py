@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import runtime
 from ..matrices import by_hand
 from ..matrices.products import adjoint
-from ..torus.geometry import Geometry, convolve, convolve_transposed
+from ..torus.geometry import Geometry, convolve, convolve_transposed, per_channel
 from .chain import Chain, Factors
 
 _KEPT_BYTES = 2**25  # of images between the factors, above which a backward pass computes them again
@@ -65,7 +65,7 @@ class _Applied:
         x, bias, pairs, coins = self._named(inputs)
         for factor in self.factors:
             x = self._applied(factor, self._matrix(factor, pairs, coins), x)[0]
-        return x if bias is None else x + _per_channel(bias, x)
+        return x if bias is None else x + per_channel(bias, x)
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the images, and if they are few what each matrix but the first is multiplied with."""
@@ -79,7 +79,7 @@ class _Applied:
                 continue
             y, multiplied = self._applied(factor, M, y)
             read += [multiplied] if keeps else []
-        return y if bias is None else y.add_(_per_channel(bias, y)), read[1:]
+        return y if bias is None else y.add_(per_channel(bias, y)), read[1:]
 
     def gradient(
         self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
@@ -131,20 +131,20 @@ class _Applied:
         return _joined(M, x, factor.axis + 2, self.geometry.dilation[factor.axis])
 
     def _patched(self, kernel: Tensor, x: Tensor) -> Tensor:
-        stride, groups = self.geometry.stride, self.geometry.groups
-        none, ones = (0,) * len(stride), (1,) * len(stride)
+        stride, groups = [*self.geometry.stride], self.geometry.groups
+        none, ones = [0] * len(stride), [1] * len(stride)
         if not self.geometry.transposed:
             return convolve(x, kernel, stride, none, ones, groups)
-        rest = tuple(s - t for s, t in zip(stride, self.chain.patch, strict=True))
+        rest = [s - t for s, t in zip(stride, self.chain.patch, strict=True)]
         return convolve_transposed(x, kernel, stride, none, rest, ones, groups)
 
     def _patch_gradients(self, G: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        stride, groups = self.geometry.stride, self.geometry.groups
+        stride, groups = [*self.geometry.stride], self.geometry.groups
         if not self.geometry.transposed:
             return runtime.convolution_gradients(G, x, kernel, stride, groups)
         # the weight's gradient is symmetric in images and gradient
         return (
-            convolve(G, kernel, stride, (0,) * len(stride), (1,) * len(stride), groups),
+            convolve(G, kernel, stride, [0] * len(stride), [1] * len(stride), groups),
             runtime.convolution_gradients(x, G, kernel, stride, groups)[1],
         )
 
@@ -154,10 +154,6 @@ class _Applied:
         G, x = (part.flatten(2).unflatten(1, (groups, -1)) for part in (G, x))
         pieces = zip(G.split(_IMAGES_AT_ONCE), x.split(_IMAGES_AT_ONCE), strict=True)
         return sum((g @ adjoint(y)).sum(0) for g, y in pieces)
-
-
-def _per_channel(bias: Tensor, x: Tensor) -> Tensor:
-    return bias.reshape(-1, *(1,) * (x.ndim - 2))
 
 
 def _mixed(M: Tensor, x: Tensor) -> Tensor:

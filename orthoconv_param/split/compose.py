@@ -205,5 +205,5 @@ def _added(x: Tensor, axis: int) -> Tensor:
     if places == 1:
         return x.squeeze(axis)
     after = (0, 0) * (x.ndim - axis - 2)
-    each = enumerate(x.unbind(axis))
-    return sum(F.pad(part, (*after, j, places - 1 - j)) for j, part in each)  # type: ignore[return-value]
+    moved = [F.pad(part, (*after, j, places - 1 - j)) for j, part in enumerate(x.unbind(axis))]
+    return torch.stack(moved).sum(0)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import Size
-from ..torus.geometry import Geometry
+from ..torus.geometry import Geometry, convolve, convolve_transposed
 from .chain import Chain, Factors
 from .compose import lines, weight
 from .walls import Walled, between_walls
@@ -69,18 +69,7 @@ def _transposed(line: Walled) -> Walled:
     return Walled(line.axis, kernel, line.ends.mT, tuple(E.mT for E in line.short))
 
 
-def convolve(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    """Return torch's zero-padded convolution on any number of axes."""
-    if len(stride) == 1:
-        return torch.conv1d(x, weight, None, stride, padding, dilation, groups)
-    if len(stride) == 2:
-        return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
-    return torch.conv3d(x, weight, None, stride, padding, dilation, groups)
-
-
-def convolve_transposed(
+def convolved_to(
     x: Tensor,
     weight: Tensor,
     stride: list[int],
@@ -89,17 +78,12 @@ def convolve_transposed(
     groups: int,
     size: list[int],
 ) -> Tensor:
-    """Return its transpose, to images of a size."""
-    axes = len(stride)
-    rest = [0] * axes
-    for axis in range(axes):
+    """Return the transposed convolution that gives images of a size."""
+    rest = [0] * len(stride)
+    for axis in range(len(stride)):
         least = (x.size(axis + 2) - 1) * stride[axis] - 2 * padding[axis]
         rest[axis] = size[axis] - least - dilation[axis] * (weight.size(axis + 2) - 1) - 1
-    if axes == 1:
-        return torch.conv_transpose1d(x, weight, None, stride, padding, rest, groups, dilation)
-    if axes == 2:
-        return torch.conv_transpose2d(x, weight, None, stride, padding, rest, groups, dilation)
-    return torch.conv_transpose3d(x, weight, None, stride, padding, rest, groups, dilation)
+    return convolve_transposed(x, weight, stride, padding, rest, dilation, groups)
 
 
 def zero_padded(x: Tensor, kernel: Tensor, axis: int, dilation: list[int], groups: int) -> Tensor:
@@ -112,8 +96,9 @@ def zero_padded(x: Tensor, kernel: Tensor, axis: int, dilation: list[int], group
     padding, rows = [r * (kernel.size(2) // 2)], kernel.size(0)
     lines = x.reshape(count, shape[-2], shape[-1])
     y = torch.conv1d(lines, kernel, None, [1], padding, [r], groups)
-    y = y.reshape(shape[:-2] + [rows, shape[-1]])  # noqa: RUF005, TorchScript knows no other
-    return y.movedim(-2, 1).movedim(-1, axis + 2)
+    size = shape[:-2]
+    size.extend([rows, shape[-1]])
+    return y.reshape(size).movedim(-2, 1).movedim(-1, axis + 2)
 
 
 def at_ends(strips: Tensor, matrices: Tensor, axis: int, dilation: int) -> Tensor:
@@ -191,7 +176,7 @@ def patched(x: Tensor, frame: Tensor, stride: list[int], groups: int, transposed
     if not transposed:
         return convolve(x, frame, stride, none, ones, groups)
     size = [x.size(axis + 2) * stride[axis] for axis in range(axes)]
-    return convolve_transposed(x, frame, stride, none, ones, groups, size)
+    return convolved_to(x, frame, stride, none, ones, groups, size)
 
 
 def take_fine(x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int], groups: int) -> Tensor:
@@ -205,10 +190,11 @@ def take_fine(x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int]
 def put_coarse(y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list[int], groups: int) -> None:
     """Add strips on the fine grid to images on the coarse one."""
     missing = -strips.size(axis + 2) % stride[axis]
-    after = [0, 0] * (len(stride) - axis - 1)
+    to_first, to_last = [0, 0] * (len(stride) - axis - 1), [0, 0] * (len(stride) - axis - 1)
+    to_first.extend([0, missing])
+    to_last.extend([missing, 0])
     first, last = both(strips, y.size(0))
-    ends = [F.pad(first, after + [0, missing]), F.pad(last, after + [missing, 0])]  # noqa: RUF005, TorchScript
-    padded = torch.cat(ends)
+    padded = torch.cat([F.pad(first, to_first), F.pad(last, to_last)])
     put(y, patched(padded, frame, stride, groups, False), axis)
 
 

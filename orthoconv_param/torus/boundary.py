@@ -121,12 +121,12 @@ class Circular(Boundary):
         if any(r * (k - 1) >= n for k, r, n in zip(kernel.shape[2:], dilation, domain, strict=True)):
             kernel, dilation = fold(kernel, domain, dilation), (1,) * len(domain)
         before, after, start = margins(tuple(kernel.shape[2:]), geometry, dilation)
-        x, none = surround(x, before, after), (0,) * len(domain)
+        x, none = surround(x, before, after), [0] * len(domain)
         if not geometry.transposed:
-            return convolve(x, kernel, stride, none, dilation, groups)
+            return convolve(x, kernel, [*stride], none, [*dilation], groups)
         # a kernel of fewer taps than the stride leaves the last samples empty
-        rest = tuple(s - 1 for s in stride)
-        y = convolve_transposed(x, kernel, stride, none, rest, dilation, groups)
+        rest = [s - 1 for s in stride]
+        y = convolve_transposed(x, kernel, [*stride], none, rest, [*dilation], groups)
         return cut(y, domain, start)
 
     def is_torchs(
@@ -177,11 +177,11 @@ class Zeros(Boundary):
         stride, groups = geometry.stride, geometry.groups
         if on_torus:
             kernel = crop(kernel, tuple(2 * n - 1 for n in domain))
-        padding = tuple(r * (k // 2) for k, r in zip(kernel.shape[2:], dilation, strict=True))
+        padding = [r * (k // 2) for k, r in zip(kernel.shape[2:], dilation, strict=True)]
         if not geometry.transposed:
-            return convolve(x, kernel, stride, padding, dilation, groups)
-        rest = tuple(s - 1 for s in stride)
-        return convolve_transposed(x, kernel, stride, padding, rest, dilation, groups)
+            return convolve(x, kernel, [*stride], padding, [*dilation], groups)
+        rest = [s - 1 for s in stride]
+        return convolve_transposed(x, kernel, [*stride], padding, rest, [*dilation], groups)
 
     def is_torchs(
         self, taps: Size, geometry: Geometry, dilation: Size, domain: Size | None, smallest: Size | None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from ..checks import Size, per_axis
@@ -169,18 +169,37 @@ def torch_class(module: Any) -> type[nn.Module] | None:
     return next((c for c in CONVOLUTIONS if isinstance(module, c)), None)
 
 
-def convolve(x: Tensor, kernel: Tensor, stride: Size, padding: Size, dilation: Size, groups: int) -> Tensor:
-    """Return torch's own convolution on any number of axes, zero-padded, without a bias."""
-    function = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
-    return function(x, kernel, None, stride, padding, dilation, groups)
+def convolve(
+    x: Tensor, kernel: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """Return torch's zero-padded convolution on any number of axes. TorchScript compiles this."""
+    if len(stride) == 1:
+        return torch.conv1d(x, kernel, None, stride, padding, dilation, groups)
+    if len(stride) == 2:
+        return torch.conv2d(x, kernel, None, stride, padding, dilation, groups)
+    return torch.conv3d(x, kernel, None, stride, padding, dilation, groups)
 
 
 def convolve_transposed(
-    x: Tensor, kernel: Tensor, stride: Size, padding: Size, rest: Size, dilation: Size, groups: int
+    x: Tensor,
+    kernel: Tensor,
+    stride: list[int],
+    padding: list[int],
+    rest: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
-    """Return the transpose of `convolve`; ``rest`` is torch's ``output_padding``."""
-    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(stride) - 1]
-    return function(x, kernel, None, stride, padding, rest, groups, dilation)
+    """Return the transpose of `convolve`, with torch's ``output_padding``. TorchScript compiles this."""
+    if len(stride) == 1:
+        return torch.conv_transpose1d(x, kernel, None, stride, padding, rest, groups, dilation)
+    if len(stride) == 2:
+        return torch.conv_transpose2d(x, kernel, None, stride, padding, rest, groups, dilation)
+    return torch.conv_transpose3d(x, kernel, None, stride, padding, rest, groups, dilation)
+
+
+def per_channel(bias: Tensor, x: Tensor) -> Tensor:
+    """Return a bias in the shape in which it is added to images ``(batch, channels, *size)``."""
+    return bias.reshape(-1, *(1,) * (x.ndim - 2))
 
 
 def sized(x: Tensor, domain: list[int], stride: list[int], transposed: bool) -> Tensor:
