@@ -21,7 +21,14 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import register_parametrization
 
-from orthoconv_param import SplitExponential, generators, orthogonal, orthogonality_defect, report
+from orthoconv_param import (
+    SplitExponential,
+    generators,
+    orthogonal,
+    orthogonality_defect,
+    plot_spectrum,
+    report,
+)
 from orthoconv_param.walled import WalledConvolution
 
 close = torch.testing.assert_close
@@ -159,8 +166,9 @@ def trained(module, steps=25, rate=0.1):
 
 
 def check(module, boundary, larger=False):
-    tolerance = TOLERANCE[module.weight.dtype]
-    for domain in sizes_of(module, boundary, larger):
+    tolerance, domains = TOLERANCE[module.weight.dtype], [*sizes_of(module, boundary, larger)]
+    assert domains
+    for domain in domains:
         S = torch.linalg.svdvals(matrix_of(module, domain))
         if boundary == "zeros":
             assert S.max() < 1 + tolerance
@@ -686,6 +694,20 @@ def test_report_and_defect_say_the_same(boundary):
     assert row.defect < 1e-5
     assert row.parametrized == "yes"
     assert boundary in row.geometry
+
+
+def test_plot_spectrum_shows_periodic_ones_and_refuses_walls():
+    pytest.importorskip("matplotlib").use("agg")
+    _, values = plot_spectrum(made("3x3", "circular", torch.float32), 8)
+    close(values, torch.ones_like(values), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="walls"):
+        plot_spectrum(made("3x3", "walls", torch.float32), 8)
+
+
+def test_between_walls_images_that_the_stride_does_not_divide_are_refused():
+    module = made("stride 2, 4x4", "walls")
+    with pytest.raises(ValueError, match="divisible by the stride"):
+        module(random(1, 4, 5, 6))
 
 
 def test_its_repr_says_what_it_is():
