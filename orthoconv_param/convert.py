@@ -96,7 +96,8 @@ def orthogonal(
             exists; if there are no split kernels of the geometry (one channel in a group; patches that a
             wall cuts); if the weight is not finite, or parametrized already. Nothing is changed then.
             On use: if an image is not of the domain's size, or not divisible by the stride (where the
-            module stays of torch's own class that is not checked, and such an image is cut); with ``"any"``, if training takes the generator's norm to where no kernel of 1025 taps holds it.
+            module stays of torch's own class that is not checked, and such an image is cut); with
+            ``"any"``, if training takes the generator's norm to where no kernel of 1025 taps holds it.
 
     ``parametrize.cached()`` makes a loop compute the exponential, and the kernel's transform, once.
     ``parametrize.remove_parametrizations(module, "weight")`` leaves a module that computes the same: one of
