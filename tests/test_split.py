@@ -314,6 +314,7 @@ def test_a_cached_loop_makes_the_factors_once(boundary, monkeypatch):
 @pytest.mark.parametrize("boundary", ["circular", "walls"])
 @pytest.mark.parametrize("name", ["3x3", "stride 2, 4x4", "5x5"])
 def test_compiled_whole(name, boundary):
+    torch.compiler.reset()  # what other tests have compiled counts towards torch's limit
     module = made(name, boundary, torch.float32)
     x = random(2, module.in_channels, *(6 * s for s in module.stride), dtype=torch.float32).requires_grad_()
     compiled = torch.compile(module, fullgraph=True)
