@@ -89,11 +89,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
+def sizes(
+    model: nn.Module, example_inputs: Any, kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS
+) -> dict[nn.Module, list[Size]]:
     """Return the sizes of the images that each convolution is fed when a model is run on an example.
 
     For a transposed convolution, return its domain: the sizes of the images that it gives if it keeps the
     size.
+
+    Args:
+        model: any module.
+        example_inputs: what it is called with.
+        kinds: of convolutions.
     """
     seen: dict[nn.Module, list[Size]] = {}
 
@@ -109,7 +116,7 @@ def sizes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Size]]:
     hooks = [
         module.register_forward_pre_hook(record, with_kwargs=True)
         for module in model.modules()
-        if isinstance(module, CONVOLUTIONS)
+        if isinstance(module, kinds)
     ]
     try:
         with undisturbed(model), torch.no_grad():
@@ -162,10 +169,10 @@ class Uses(TorchFunctionMode):
 # Selecting
 
 
-def convolutions_of(model: nn.Module) -> dict[str, Any]:
+def convolutions_of(model: nn.Module, kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS) -> dict[str, Any]:
     """Return a model's convolutions by name; one that has several names is listed under each of them."""
     named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, CONVOLUTIONS)}
+    return {name: module for name, module in named if isinstance(module, kinds)}
 
 
 def selected(model: nn.Module, select: Select | None) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from torch.nn.utils import parametrize
 
 from ..checks import Size, per_axis
 from ..models import call, undisturbed
-from .values import OnTorus, check_convolution, kernel_on_torus, on_torus
+from .forward import Forward, domain_of
+from .periodic import Periodic, of_kernel, periodic
 
 Axes: TypeAlias = Any  # matplotlib's, which is imported when it is used
 
 _NARROWEST = 0.2  # of the axis of singular values: 1 % is 5 % of it
 _LINE = 58  # characters that fit below a panel
+_LARGEST_DRAWN = 2**21  # entries of a dense matrix, whose eigenvalues take a few seconds
 
 
 def plot_spectrum(
@@ -30,31 +32,30 @@ def plot_spectrum(
     before: Tensor | nn.Module | None = None,
     axes: Sequence[Axes] | None = None,
 ) -> tuple[Axes, ...]:
-    """Draw the eigenvalues of a convolution, and its singular values over frequency.
+    """Draw the eigenvalues of a convolution, and its singular values.
 
-    Of an orthogonal convolution all eigenvalues are on the unit circle, and all singular values are 1. With
-    zero padding these are the values of the operator on the torus on which zeros continue the images, as in
-    `report`. What the module does is a part of that operator. The titles name the images and the torus.
+    Of an orthogonal convolution all eigenvalues are on the unit circle, and all singular values are 1. The
+    singular values of a kernel or a periodic module are drawn over frequency. Of any other module (between
+    zeros or walls, or with a forward of its own) both are those of the dense matrix of its own forward. Its
+    singular values are drawn in descending order. If one of two is not periodic, both are drawn so.
 
     Args:
-        convolution: a kernel or a module, as of `singular_values`. A module is periodic or pads by zeros,
-            and keeps the size of the images, but for its stride.
+        convolution: a kernel or a module, as of `singular_values`.
         domain: size of the images; of a transposed convolution, of its output.
         before: another to compare it with, such as a copy of the module that was not orthogonal yet.
         axes: of matplotlib, to draw into: two; or one for a convolution without eigenvalues, because it
-            changes the number of channels or has a stride. Default: a new figure. Legends are below the
-            axes if the figure has a layout engine, which makes room for them, and else within the axes.
+            changes the number of channels or the size of the images. Default: a new figure. Legends are
+            below the axes if the figure has a layout engine, which makes room for them, and else within.
 
     Returns:
         The axes: eigenvalues, if it has any, and singular values.
 
     Raises:
         ImportError: if matplotlib is missing (extra ``[plot]``).
-        TypeError, ValueError: as `singular_values`; if a module's padding does not keep the size, or
-            mirrors or repeats the image's edge, or if it is between walls; if its forward is its own; if
-            the stride does not divide the domain; if ``before`` or ``axes`` do not fit the convolution.
+        TypeError, ValueError: as `singular_values`; if the dense matrix of a module that is not periodic
+            has more than ``2^21`` entries; if ``before`` or ``axes`` do not fit the convolution.
 
-    Cost: the singular values and eigenvalues of one matrix for each frequency.
+    Cost: the singular values and eigenvalues of one matrix for each frequency, or of the dense matrix.
 
     Example:
         >>> from torch import nn
@@ -67,30 +68,30 @@ def plot_spectrum(
         'frequency (cycles per pixel)'
     """
     both = {"": convolution} if before is None else {"before": before, "after": convolution}
-    acting = {label: _acting(one, domain) for label, one in both.items()}
-    spectra = {label: on.spectrum() for label, on in acting.items()}
-    dimensions = [len(on.lattice.domain) for on in acting.values()]
+    operators = {label: _operator(one, domain) for label, one in both.items()}
+    dimensions = [_axes_of(operator) for operator in operators.values()]
     if len(set(dimensions)) > 1:
         raise ValueError(
             f"before should have as many axes of space as the convolution, {dimensions[1]}. "
             f"Found {dimensions[0]}"
         )
-    square = all(
-        M.shape[-2] == M.shape[-1] and max(acting[label].lattice.stride) == 1
-        for label, M in spectra.items()
-    )
+    over_frequency = all(isinstance(operator, Periodic) for operator in operators.values())
+    square = all(map(_is_square, operators.values()))
     unit = ("sample", "pixel", "voxel")[dimensions[-1] - 1]
     noun = "outputs" if getattr(convolution, "transposed", False) else "images"
-    images = _by(per_axis("domain", domain, dimensions[-1]))
-    where = "\n".join([f"on {noun} of {images} {unit}s", *_tori(acting)])
+    where = f"on {noun} of {_by(per_axis('domain', domain, dimensions[-1]))} {unit}s"
+    if not over_frequency:
+        where += "\nof what the module computes there, edges included"
 
+    matrices = {label: _matrices(operator, over_frequency) for label, operator in operators.items()}
     panels = _panels(axes, 2 if square else 1, where.count("\n") + 1)
     if square:
-        _draw_eigenvalues(panels[0], acting, spectra)
+        _draw_eigenvalues(panels[0], matrices, operators)
         panels[0].set_title(f"eigenvalues {where}", fontsize="medium")
-    _draw_singular_values(panels[-1], acting, spectra)
+    _draw_singular_values(panels[-1], matrices, operators, over_frequency)
     panels[-1].set_title(f"singular values {where}", fontsize="medium")
-    panels[-1].set_xlabel(f"frequency (cycles per {unit})")
+    frequency, share = f"frequency (cycles per {unit})", "share of the singular values, largest first"
+    panels[-1].set_xlabel(frequency if over_frequency else share)
     return tuple(panels)
 
 
@@ -196,32 +197,52 @@ def plot_gradient_norms(
 # Spectra
 
 
-def _acting(convolution: Tensor | nn.Module, domain: int | Size) -> OnTorus:
-    """Return how a kernel or a module acts on a torus.
+_Operator: TypeAlias = Periodic | Forward
+
+
+def _operator(convolution: Tensor | nn.Module, domain: int | Size) -> _Operator:
+    """Return the operator of a kernel or a module.
 
     Raises:
-        TypeError, ValueError: if it does not, as `plot_spectrum` says.
+        TypeError, ValueError: if there is none, or it is too large to be drawn.
     """
     if isinstance(convolution, Tensor):
-        return kernel_on_torus(convolution, domain)
-    check_convolution(convolution)
-    module: Any = convolution
-    return on_torus(module, per_axis("domain", domain, len(module.stride)))
+        return of_kernel(convolution, domain)
+    size = domain_of(convolution, domain)
+    found = periodic(convolution, size)
+    if found is not None:
+        return found
+    forward = Forward(convolution, size)
+    if forward.rows * forward.columns > _LARGEST_DRAWN:
+        raise ValueError(
+            f"domain should be smaller: {_LARGEST_DRAWN} entries of a dense matrix are drawn at most, of a "
+            f"module that is not periodic. Found {forward.rows} x {forward.columns}. (report measures the "
+            "extreme singular values at every size.)"
+        )
+    return forward
 
 
-def _tori(acting: Mapping[str, OnTorus]) -> list[str]:
-    """Say in lines of a title on which tori images lie between zeros."""
-    tori = {label: None if on.is_whole else _by(on.lattice.domain) for label, on in acting.items()}
-    if not any(tori.values()):
-        return []
-    zeros = "between zeros on a torus of"
-    if len(set(tori.values())) == 1:
-        return [
-            f"{zeros} {next(iter(tori.values()))}:",
-            "what the module does is a part of this operator",
-        ]
-    each = [f"{label}: {f'{zeros} {torus}' if torus else 'periodic'}" for label, torus in tori.items()]
-    return [*each, "what a module does between zeros is a part of its operator"]
+def _axes_of(operator: _Operator) -> int:
+    """Count the axes of space."""
+    return len(operator.lattice.domain if isinstance(operator, Periodic) else operator.taken[1:])
+
+
+def _is_square(operator: _Operator) -> bool:
+    """Return True if images are mapped to images of the same size and channels."""
+    if isinstance(operator, Forward):
+        return operator.taken == operator.given
+    lattice, kernel = operator.lattice, operator.kernel
+    return max(lattice.stride) == 1 and kernel.shape[0] == kernel.shape[1] * lattice.groups
+
+
+def _matrices(operator: _Operator, over_frequency: bool) -> Tensor:
+    """Return the operator's matrix, or its matrices at each frequency.
+
+    Over frequency, those of a real kernel's negative frequencies are left out: they are conjugates.
+    """
+    if isinstance(operator, Forward):
+        return operator.matrix()
+    return (operator if over_frequency else operator.at_all_frequencies()).spectrum()
 
 
 def _by(size: Size) -> str:
@@ -234,30 +255,39 @@ def _styles(labels: Sequence[str]) -> list[dict[str, Any]]:
     return [{**style, "alpha": 0.6, "linewidths": 0} for style in (before, after)[-len(labels) :]]
 
 
-def _draw_eigenvalues(panel: Axes, acting: Mapping[str, OnTorus], spectra: Mapping[str, Tensor]) -> None:
-    for (label, M), style in zip(spectra.items(), _styles([*spectra]), strict=True):
+def _draw_eigenvalues(
+    panel: Axes, matrices: Mapping[str, Tensor], operators: Mapping[str, _Operator]
+) -> None:
+    for (label, M), style in zip(matrices.items(), _styles([*matrices]), strict=True):
         z = torch.linalg.eigvals(M).flatten().cpu()
-        if not acting[label].lattice.is_complex:  # those of the negative frequencies
-            z = torch.cat([z, z.conj().resolve_conj()])
+        operator = operators[label]
+        if isinstance(operator, Periodic) and not operator.lattice.is_complex:
+            z = torch.cat([z, z.conj().resolve_conj()])  # those of the negative frequencies
         panel.scatter(z.real, z.imag, label=label, **style)
     circle = torch.linspace(0, 2 * pi, 361)
     panel.plot(circle.cos(), circle.sin(), color="gray", linewidth=0.8, zorder=0)
     panel.set(xlabel="real part", ylabel="imaginary part")
     panel.set_aspect("equal")
-    if len(spectra) > 1 and _makes_room(panel):  # else the other panel's legend says it for both
+    if len(matrices) > 1 and _makes_room(panel):  # else the other panel's legend says it for both
         _legend(panel, markerscale=2)
 
 
 def _draw_singular_values(
-    panel: Axes, acting: Mapping[str, OnTorus], spectra: Mapping[str, Tensor]
+    panel: Axes, matrices: Mapping[str, Tensor], operators: Mapping[str, _Operator], over_frequency: bool
 ) -> None:
+    """Draw singular values over frequency, or in descending order over their share of all of them."""
     smallest = largest = 1.0
-    for (label, M), style in zip(spectra.items(), _styles([*spectra]), strict=True):
+    for (label, M), style in zip(matrices.items(), _styles([*matrices]), strict=True):
         values = torch.linalg.svdvals(M).cpu()
         smallest, largest = min(smallest, values.min().item()), max(largest, values.max().item())
-        frequency = acting[label].lattice.wavenumbers().norm(dim=-1)[:, None].expand(values.shape)
         defect = f"{label}: defect {(values - 1).abs().max().item():.1e}".lstrip(": ")
-        panel.scatter(frequency.flatten(), values.flatten(), label=defect, **style)
+        operator = operators[label]
+        if over_frequency and isinstance(operator, Periodic):
+            places = operator.lattice.wavenumbers().norm(dim=-1)[:, None].expand(values.shape)
+        else:
+            values = values.flatten().sort(descending=True).values
+            places = torch.linspace(0, 1, len(values))
+        panel.scatter(places.flatten(), values.flatten(), label=defect, **style)
     panel.axhline(1, color="gray", linewidth=0.8, zorder=0)
     panel.set_ylabel("singular value")
     missing = max(_NARROWEST - (largest - smallest), 0) / 2

@@ -6,20 +6,23 @@ from math import nan, prod
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..checks import Size
+from ..convert import convolves, geometry_of
 from ..models import by_name, convolutions_of, sizes
 from ..module import operator_of
 from ..parametrizations.annealed import Annealed
 from ..parametrizations.blocks import Block, Blocks, resolve_blocks
 from ..parametrizations.registered import Registered
+from ..torus.boundary import boundary_of
 from ..torus.geometry import torch_class
-from ..torus.lattice import Lattice
-from .values import of_dense, on_torus_if_any
+from .forward import MEASURED, WALLED, Forward
+from .measured import kept, measure
 
-_LARGEST_REPORTED = 2**20  # entries of a dense matrix, which take about a second
+_STEPS = (1, 10, 100)  # after which what is left of a state is measured
+_LOSES = 0.99  # mean gain below which it is
 
 _Parametrized: TypeAlias = Literal["yes", "no", "blocks"]
 
@@ -28,38 +31,44 @@ _Parametrized: TypeAlias = Literal["yes", "no", "blocks"]
 class Row:
     """One convolution of a `Report`, or one block of its weight, on images of one size.
 
-    With zero padding ``smallest``, ``largest`` and ``defect`` are those of the operator on ``torus``. The
-    module's own operator is a part of it and has others: `singular_values` and `orthogonality_defect` give
-    these.
+    The numbers are those of the module's own operator on these images: of what its forward computes. For a
+    block, of the part of it that joins the block's channels.
 
     Args:
         name: as in ``model.named_modules()``; for a block, with its slices.
         geometry: in words.
         domain: size of the images that the convolution is fed (transposed: that it gives); None if the
             example does not reach it.
-        torus: the torus of the measured operator: the domain; or with zero padding a larger one, on which
-            the image lies between zeros. None if the domain is None.
-        smallest: the smallest singular value of that operator; nan if it is not known.
-        largest: the largest one; nan if it is not known.
-        defect: ``max |singular value - 1|`` of that operator; nan if it is not known.
+        smallest: the smallest of its ``min(rows, columns)`` singular values; nan if the domain is None.
+        largest: the largest one; nan likewise.
+        defect: ``max |singular value - 1|``; nan likewise.
+        gain: the square root of their mean square, 1 for every semi-orthogonal operator; nan likewise.
+        estimated: True if these are estimates. Then ``smallest`` is at least the true one, ``largest`` and
+            ``defect`` at most.
         parametrized: ``"yes"``, ``"no"``, or ``"blocks"`` if only blocks of the weight are orthogonal.
         t: how far annealing is, 1 for orthogonal; None if it is not parametrized.
         parameters: how many numbers the convolution trains, its bias included; for a block, how many taps
             it has.
         share: ``parameters`` as a share of the model's.
+        left: what 1, 10 and 100 steps of the operator leave of the norm of a random state, as a share of
+            what an orthogonal operator leaves. Only if it was made orthogonal between zeros and ``gain`` is
+            below 0.99; else empty. One number if images are not mapped to images of the same size and
+            channels.
     """
 
     name: str
     geometry: str
     domain: Size | None
-    torus: Size | None
     smallest: float
     largest: float
     defect: float
+    gain: float
+    estimated: bool
     parametrized: _Parametrized
     t: float | None
     parameters: int
     share: float
+    left: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ class Report:
 
     def __str__(self) -> str:
         titles = (
-            *("name", "convolution", "domain", "smallest", "largest", "defect", "parametrized", "t"),
-            "parameters",
+            *("name", "convolution", "domain", "smallest", "largest", "defect", "mean gain"),
+            *("parametrized", "t", "parameters"),
         )
         table = [titles, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -83,11 +92,12 @@ class Report:
             for cells in table
         ]
         lines.insert(1, "-" * max(map(len, lines)))
-        if any(row.torus != row.domain for row in self.rows):
+        if any(row.estimated for row in self.rows):
             lines.append(
-                "(a in b: images of size a, continued by zeros to the torus b, on which the values are.\n"
-                "What the module does is a part of that operator: no singular value of it is larger.)"
+                "~: estimated from the module's own forward, from inside: the true smallest value is at\n"
+                "most this one, the true largest value and the true defect are at least these."
             )
+        lines += [_loss(row) for row in self.rows if row.left]
         return "\n".join(lines)
 
 
@@ -98,10 +108,8 @@ def report(
 
     The model is run once, as `retrofit` runs it.
 
-    **With zero padding** a row shows the operator on a larger torus, on which the image lies between zeros.
-    This is not the module's own operator, which is only a part of it. No singular value of the module's own
-    operator is larger than the largest one of the row. `singular_values` and `orthogonality_defect` measure
-    the module's own operator exactly; they take a dense matrix.
+    Each row shows the module's own operator on the images that it is fed: what its forward computes, the
+    bias aside, between zeros or walls too. `orthogonality_defect` gives the same defect.
 
     Args:
         model: any module.
@@ -112,17 +120,25 @@ def report(
 
     Returns:
         A `Report`. Its ``rows`` are numbers, and its ``str`` is a table: for each convolution its geometry,
-        domain, smallest and largest singular value, defect, ``yes``, ``no`` or ``blocks`` for parametrized,
-        ``t``, and number of parameters. A convolution that sees several sizes has a row for each.
+        domain, smallest and largest singular value, defect, mean gain (the root of the mean square of the
+        singular values), ``yes``, ``no`` or ``blocks`` for parametrized, ``t``, and number of parameters. A
+        convolution that sees several sizes has a row for each. Values are nan ("?") where the example does
+        not reach it.
 
-        An operator that is not periodic for another reason than zeros (mirrored images, a forward of its
-        own) is measured by its dense matrix. Values are nan ("?") if that has more than ``2^20`` entries,
-        for blocks of such an operator, and where the example does not reach the convolution.
+        Operators whose dense matrix has up to ``2^20`` entries are decomposed, larger periodic ones at each
+        frequency. For other large ones the numbers are estimates, marked ``~``, from the forward and its
+        adjoint by a Lanczos iteration of up to 600 steps. These are from inside: the true defect is at
+        least as large. Where the iteration has converged, they are accurate to a few per cent.
+
+        Below the table is a line for each convolution or block that this package made orthogonal between
+        zeros, and whose mean gain is below 0.99: how much of the norm of a random state it leaves.
 
     Raises:
         TypeError, ValueError: if ``blocks`` are not as above, or a weight is not finite.
 
-    Cost: one call of the model, and one singular value decomposition for each frequency.
+    Cost: one call of the model. For each row one singular value decomposition of the dense matrix (about a
+    second at ``2^20`` entries), or one for each frequency, or up to 600 calls of the convolution on one
+    image, and of its adjoint.
 
     Example:
         >>> import torch
@@ -132,16 +148,14 @@ def report(
         >>> _ = nn.init.dirac_(model[0].weight), nn.init.constant_(model[1].weight, 0.5)
         >>> x = torch.randn(1, 2, 8)
         >>> print(report(retrofit(model, x, select="1"), x))
-        name  convolution                   domain   smallest  largest   defect  parametrized  t  parameters
-        ----------------------------------------------------------------------------------------------------
-        0     Conv1d 2 -> 2, 3 taps, zeros  8 in 10         1        1  0.0e+00            no  -  14 (82.4%)
-        1     Conv1d 2 -> 1, 1 tap          8          0.7071   0.7071  2.9e-01           yes  0   3 (17.6%)
-        (a in b: images of size a, continued by zeros to the torus b, on which the values are.
-        What the module does is a part of that operator: no singular value of it is larger.)
-    """
-    names = convolutions_of(model)
+        name  convolution                   domain  smallest  largest   defect  mean gain  parametrized  t  parameters
+        --------------------------------------------------------------------------------------------------------------
+        0     Conv1d 2 -> 2, 3 taps, zeros  8              1        1  0.0e+00          1            no  -  14 (82.4%)
+        1     Conv1d 2 -> 1, 1 tap          8         0.7071   0.7071  2.9e-01     0.7071           yes  0   3 (17.6%)
+    """  # noqa: E501
+    names = convolutions_of(model, MEASURED)
     asked = {names[name]: pairs for name, pairs in by_name(blocks or {}, names).items()}
-    seen = sizes(model, example_inputs)
+    seen = sizes(model, example_inputs, MEASURED)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: list[Row] = []
     for name, module in model.named_modules():  # each once, by its first name
@@ -163,13 +177,16 @@ def _rows(name: str, module: Any, size: Size | None, asked: list[Block], total: 
     constrained = stack.blocks if stack is not None else []
 
     def row(title: str, geometry: str, block: Block | None, how: _Parametrized, parameters: int) -> Row:
-        values, torus = _on_torus(module, size, block)
-        extremes = (nan, nan, nan)
-        if values is not None:
-            extremes = values.min().item(), values.max().item(), (values - 1).abs().max().item()
         share = parameters / max(total, 1)
         now = None if how == "no" else t
-        return Row(title, geometry, size, torus, *extremes, how, now, parameters, share)
+        if size is None:
+            return Row(title, geometry, size, nan, nan, nan, nan, False, how, now, parameters, share)
+        found = measure(module, size, block)
+        left: tuple[float, ...] = ()
+        if how == "yes" and now == 1 and found.gain < _LOSES and _is_between_zeros(module):
+            left = kept(Forward(module, size, block), _STEPS)
+        numbers = found.smallest, found.largest, found.defect, found.gain, found.estimated
+        return Row(title, geometry, size, *numbers, how, now, parameters, share, left)
 
     whole: _Parametrized = "no" if made is None else "yes" if stack is None else "blocks"
     count = sum(parameter.numel() for parameter in module.parameters())
@@ -188,8 +205,7 @@ def _resolved(blocks: list[Block], module: Any) -> list[Block]:
 
 
 def _geometry(module: Any) -> str:
-    convolution = torch_class(module)
-    assert convolution is not None
+    convolution = torch_class(module) or type(module)
     sides = _free_taps(module)
     single = max(sides) == 1
     taps = "x".join(map(str, sides))
@@ -209,8 +225,24 @@ def _geometry(module: Any) -> str:
 
 
 def _boundary(module: Any) -> str:
+    if isinstance(module, WALLED):
+        return "walls"
     operator = operator_of(module)
     return str(module.padding_mode) if operator is None else operator.boundary.name
+
+
+def _is_between_zeros(module: Any) -> bool:
+    """Return True if a parametrized module continues images by zeros, and keeps their size."""
+    operator = operator_of(module)
+    if operator is not None:
+        boundary = operator.boundary
+        return not boundary.is_periodic and not boundary.has_walls
+    try:
+        geometry_of(module)
+    except ValueError:
+        return False
+    boundary_found = boundary_of(module)
+    return convolves(module) and boundary_found is not None and not boundary_found.is_periodic
 
 
 def _free_taps(module: Any) -> Size:
@@ -224,47 +256,37 @@ def _dilation(module: Any) -> Size:
     return tuple(module.dilation) if operator is None else operator.geometry.dilation
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    def size(numbers: Size) -> str:
-        return "x".join(map(str, numbers))
+def _by(size: Size) -> str:
+    return "x".join(map(str, size))
 
-    domain = "not reached"
-    if row.domain is not None:
-        domain = size(row.domain)
-        if row.torus is not None and row.torus != row.domain:
-            domain += f" in {size(row.torus)}"
-    smallest, largest = ("?" if x != x else f"{x:.4g}" for x in (row.smallest, row.largest))
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def number(x: float, form: str) -> str:
+        if x != x:
+            return "?"
+        return f"~{x:{form if 'e' in form else '.3g'}}" if row.estimated else f"{x:{form}}"
+
     return (
         row.name or "(model)",
         row.geometry,
-        domain,
-        smallest,
-        largest,
-        "?" if row.defect != row.defect else f"{row.defect:.1e}",
+        "not reached" if row.domain is None else _by(row.domain),
+        number(row.smallest, ".4g"),
+        number(row.largest, ".4g"),
+        number(row.defect, ".1e"),
+        number(row.gain, ".4g"),
         row.parametrized,
         "-" if row.t is None else f"{row.t:.3g}",
         f"{row.parameters} ({row.share:.1%})",
     )
 
 
-def _on_torus(module: Any, size: Size | None, block: Block | None) -> tuple[Tensor | None, Size | None]:
-    """Compute the singular values of a module, or of a block of its weight, and the torus of the operator.
-
-    With zero padding these are not of the module's own operator, but of that on the larger torus.
-
-    Returns:
-        The values, None if they are not known; and the torus, None if the size is not known.
-    """
-    if size is None:
-        return None, None
-    acting = on_torus_if_any(module, size)
-    if acting is not None:
-        if block is not None:
-            kernel = acting.kernel[block]
-            lattice = Lattice(acting.lattice.domain, module.stride, 1, kernel.is_complex())
-            acting = acting._replace(kernel=kernel, lattice=lattice)
-        return acting.singular_values(), acting.lattice.domain
-    entries = module.in_channels * module.out_channels * prod(size) ** 2 // prod(module.stride)
-    if block is None and entries <= _LARGEST_REPORTED:
-        return of_dense(module, size), size
-    return None, size
+def _loss(row: Row) -> str:
+    """Say what a convolution between zeros leaves of a random state."""
+    assert row.domain is not None
+    first, *later = (f"{x:.2g}" for x in row.left)
+    if later:
+        much = f"{first}, {later[0]} and {later[1]} of the norm of a random state after 1, 10 and 100 steps"
+    else:
+        much = f"{first} of what an orthogonal operator leaves of the norm of a random state"
+    name = row.name or "(model)"
+    return f'{name} leaves {much} at {_by(row.domain)}; boundary="walls" loses nothing.'
