@@ -28,6 +28,7 @@ KINDS = {  # options of `orthogonal`; "size" is that of the images
     "split zeros": {"method": "split", "boundary": "zeros"},
     "split walls": {"method": "split", "boundary": "walls"},
 }
+COMPACT = ("circular", "zeros")  # kernels that hold the exponential on every domain
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -42,20 +43,24 @@ class Case(NamedTuple):
         return torch.zeros(1, self.module.in_channels, *self.fed, dtype=weight.dtype)
 
 
-def made(kind, axes, channels, groups, taps, stride, transposed, dtype, coarse, seed, removed):
+def made(kind, axes, channels, groups, taps, stride, dilation, transposed, dtype, coarse, seed, removed):
     """A convolution of a kind with random parameters, or None where there is none of that geometry."""
     torch.manual_seed(seed)
     domain = tuple(n * stride for n in coarse)
-    sides = {"kernel_size": taps, "stride": stride, "padding": (taps - 1) // 2, "groups": groups}
+    span = dilation * (taps - 1)
+    sides = {"kernel_size": taps, "stride": stride, "dilation": dilation, "padding": span // 2}
+    sides["groups"] = groups
     cls = (TRANSPOSED if transposed else CONVOLUTIONS)[axes - 1]
     if transposed:
-        sides["output_padding"] = stride - 1 - (taps - 1) % 2
-        if not 0 <= sides["output_padding"] < stride:
+        sides["output_padding"] = stride - 1 - span % 2
+        if sides["output_padding"] < 0:
             return None
-    elif taps % 2 == 0 and stride == 1:
+    elif span % 2 and stride == 1:
         sides["padding"] = "same"
     module = cls(groups * channels[0], groups * channels[1], dtype=dtype, **sides)
     options = KINDS[kind]
+    if axes == 3 and kind in COMPACT and (stride * dilation > 1 or dtype.is_complex):
+        return None  # 30^3 taps and more: they take minutes
     if options is not None:
         options = {key: domain if value == "size" else value for key, value in options.items()}
         try:
@@ -64,7 +69,7 @@ def made(kind, axes, channels, groups, taps, stride, transposed, dtype, coarse, 
             return None
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter += (0.1 if axes == 3 else 0.3) * torch.randn_like(parameter)
     case = Case(module, domain, coarse if transposed else domain)
     try:
         with torch.no_grad():
@@ -86,6 +91,7 @@ def cases(draw):
         "groups": draw(st.integers(1, 2)),
         "taps": draw(st.integers(1, 5 if axes < 3 else 3)),
         "stride": draw(st.sampled_from((1, 1, 2))),
+        "dilation": draw(st.sampled_from((1, 1, 2))),
         "transposed": draw(st.booleans()),
         "dtype": draw(st.sampled_from((torch.float64, torch.float32, torch.complex128))),
         "coarse": tuple(draw(st.integers(1, (12, 5, 3)[axes - 1])) for _ in range(axes)),
@@ -148,7 +154,7 @@ def test_all_measures_are_of_the_modules_own_operator(case):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=1500, deadline=None)
+@hypothesis.settings(max_examples=400, deadline=None)
 @hypothesis.given(cases())
 def test_all_measures_are_of_the_modules_own_operator_exhaustively(case):
     with torch.no_grad(), parametrize.cached():

@@ -109,7 +109,8 @@ def report(
     The model is run once, as `retrofit` runs it.
 
     Each row shows the module's own operator on the images that it is fed: what its forward computes, the
-    bias aside, between zeros or walls too. `orthogonality_defect` gives the same defect.
+    bias aside, between zeros or walls too. `orthogonality_defect` gives the same defect, and the exact one
+    where a row is an estimate.
 
     Args:
         model: any module.
@@ -241,8 +242,8 @@ def _is_between_zeros(module: Any) -> bool:
         geometry_of(module)
     except ValueError:
         return False
-    boundary_found = boundary_of(module)
-    return convolves(module) and boundary_found is not None and not boundary_found.is_periodic
+    edges = boundary_of(module)
+    return convolves(module) and edges is not None and not edges.is_periodic
 
 
 def _free_taps(module: Any) -> Size:

@@ -83,7 +83,7 @@ def orthogonality_defect(
         orthogonality_defect = max |singular value - 1|
 
     A module's own forward is measured, as `report` does. A module that was made `orthogonal` between zeros
-    loses what leaves the image, and its defect says so: it is not 0. Between walls it is.
+    loses what leaves the image, and its defect says so. Between walls it loses nothing.
 
     Args:
         convolution: a kernel or a module, as in `singular_values`.
@@ -97,6 +97,7 @@ def orthogonality_defect(
 
     Raises:
         TypeError, ValueError: as `singular_values` does.
+        RuntimeError: torch's own, if a module of torch's own class does not take images of that size.
 
     Cost: one singular value decomposition for each frequency, or one of the dense matrix. A module's dense
     matrix of up to ``2^20`` entries is that of its own forward, of a periodic one too, with the rounding of
