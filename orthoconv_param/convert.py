@@ -20,8 +20,9 @@ from .operators.operator import Action
 from .parametrizations import signature
 from .parametrizations.exponential import ConvExponential
 from .parametrizations.split import SplitExponential
+from .parametrizations.walled import WalledGenerator
 from .split.chain import Chain
-from .torus.boundary import CIRCULAR, Boundary, boundary_named, boundary_of
+from .torus.boundary import BOUNDARIES, CIRCULAR, Boundary, Walls, boundary_named, boundary_of
 from .torus.geometry import CONVOLUTIONS, Geometry, torch_class
 from .torus.lattice import Lattice, Placement
 
@@ -138,9 +139,40 @@ def orthogonal(
     if method == "split":
         _split(module, name, domain, boundary, owner, triv=triv, base=base)
         return module
+    if boundary == Walls.name:
+        _between_walls(module, name, domain, owner, triv=triv, base=base)
+        return module
     conversion = Conversion.of(module, name, domain, boundary)
     conversion.install(conversion.exponential(owner, triv=triv, base=base))
     return module
+
+
+def _between_walls(
+    module: Any, name: str, domain: Any, owner: str, triv: str | Trivialization, base: bool | None
+) -> None:
+    """Have a convolution's exponential act between walls.
+
+    Raises:
+        TypeError, ValueError: as `orthogonal` does.
+    """
+    _check_module(module, name)
+    if domain != "any":
+        raise ValueError(
+            f'domain should be "any" between walls, which are those of every image. Found {domain!r}'
+        )
+    whole = geometry_of(module)
+    whole.check_existence(whole.size, whole.groups)
+    if max(whole.placement.reach(whole.taps, whole.stride)) == 0:  # no wall is seen
+        torus = whole.stride if base else "any"
+        generator = replace(whole, transposed=False)
+        conversion = Conversion(module, generator, torus, Action(whole, CIRCULAR, None, whole.dilation))
+        conversion.install(conversion.exponential(owner, triv=triv, base=base))
+        return
+    walls = BOUNDARIES[Walls.name]
+    context = {"boundary": walls.name, "images": "any"}
+    generator = replace(whole, transposed=False)
+    made = WalledGenerator(generator, owner, context, triv=triv, base=base)
+    install(module, made, Action(whole, walls, None, whole.dilation))
 
 
 def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str, **options: Any) -> None:
@@ -236,8 +268,8 @@ class Conversion:
         edges = _boundary(module, boundary)
         if edges.has_walls:
             raise ValueError(
-                'boundary="walls" takes method="split": the exponential has no kernel that ends at a wall. '
-                'Found method="exponential"'
+                'boundary should be "circular" or "zeros": between walls a pretrained operator has no way to an '
+                'orthogonal one here. Use orthogonal(..., boundary="walls"), which starts near it. Found "walls"'
             )
         if domain is None or (isinstance(domain, str) and domain != "any"):
             kind = TypeError if domain is None else ValueError

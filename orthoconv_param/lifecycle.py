@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 import torch
 from torch import Tensor, nn
 
-from . import runtime, walled
+from . import runtime, walled, walled_exponential
 from .checks import Size
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Fixed, Parametrized
 from .parametrizations.split import SplitExponential
+from .parametrizations.walled import WalledGenerator
 from .split.mending import Mended, mended
 from .torus.boundary import margins
 from .torus.geometry import convolve as convolve_directly
@@ -20,11 +21,11 @@ from .torus.geometry import convolve_transposed, sized
 
 
 class Installed:
-    """What an orthogonal module holds: how its kernel acts, and the smallest images that it has seen."""
+    """What an orthogonal module holds: how its kernel acts, what makes it, and the smallest images seen."""
 
-    def __init__(self, action: Action, keeps_taps: bool) -> None:
+    def __init__(self, action: Action, made: nn.Module) -> None:
         self.action = action
-        self.keeps_taps = keeps_taps  # whether the kernel has the taps that the weight had before
+        self.made = made  # the parametrization
         self.smallest: Size | None = None
         self.edges: weakref.ref[Edges] | None = None  # of the weight that was read last
         self._last: Size | None = None
@@ -130,8 +131,8 @@ def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> No
     """Make of a module, whose weight torch has just made an ordinary parameter, one that computes the same.
 
     It is of torch's own class if that computes the same at the sizes that the module has seen, else of a
-    class that `removed_class` makes of it, or between walls of `walled.WalledConvolution`. Its attributes
-    say what it does.
+    class that `removed_class` makes of it, or between walls `walled.WalledConvolution` or
+    `walled_exponential.WalledExponential`. Its attributes say what it does.
 
     Args:
         module: which still is of its parametrized class.
@@ -145,8 +146,15 @@ def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> No
     if installed is None:
         runtime.leave_class(module, base)
         return
-    action, smallest = installed.action, installed.smallest
+    action, smallest, made = installed.action, installed.smallest, installed.made
     edges = None if installed.edges is None else installed.edges()
+    if isinstance(made, WalledGenerator):
+        if made.has_issued(weight):
+            walled_exponential.become(module, made, action.geometry)
+            runtime.leave_class(module, walled_exponential.WalledExponential)
+        else:  # its Fourier coefficients, without their meaning
+            runtime.leave_class(module, base)
+        return
     if action.boundary.has_walls:
         if edges is not None and edges.mended.weight.shape == weight.shape:
             vars(module).update(
@@ -160,7 +168,7 @@ def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> No
     geometry = action.geometry
     taps, plain = tuple(weight.shape[2:]), plain_class(base)
     if weight.ndim != len(geometry.size) or (
-        taps == geometry.taps and taps != action.domain and not installed.keeps_taps
+        taps == geometry.taps and taps != action.domain and not isinstance(made, SplitExponential)
     ):
         # A single tap, whose operator is its kernel; or the generator, without its meaning.
         runtime.leave_class(module, base)

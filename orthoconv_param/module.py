@@ -17,7 +17,6 @@ from . import lifecycle, runtime
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Parametrized
-from .parametrizations.split import SplitExponential
 
 
 def install(
@@ -56,7 +55,7 @@ def install(
         raise
     vars(module).update(attributes)
     if action is not None:
-        module.installed = lifecycle.Installed(action, isinstance(parametrization, SplitExponential))
+        module.installed = lifecycle.Installed(action, parametrization)
     module.__class__ = own_class(base, action is not None)
     return undo
 

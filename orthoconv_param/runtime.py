@@ -39,6 +39,12 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_compiled_whole() -> bool:
+    """Return True in what is compiled, but not exported, where only a backward pass asks for derivatives."""
+    exported = getattr(torch.compiler, "is_exporting", is_compiling)  # which torch 2.6 does not tell
+    return is_compiling() and not (exported() or torch._C._are_functorch_transforms_active())
+
+
 def is_exported_directly() -> bool:
     """Return True in what is traced for runtimes without Fourier transforms, or without complex numbers."""
     return (is_compiling() and torch.onnx.is_in_onnx_export()) or is_jit_traced()
@@ -132,6 +138,19 @@ def is_autocast(device_type: str) -> bool:
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
+def reduced_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast has images convolved; None where it leaves them as they are."""
+    device_type = x.device.type
+    if not (x.dtype == torch.float32 and is_autocast(device_type)):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return how far a number may be from that of a dtype, relative to it."""
+    return torch.finfo(dtype).eps / 2
+
+
 # Memory
 
 
@@ -153,13 +172,22 @@ def reshaped(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def convolution_gradients(
-    G: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], groups: int
+    G: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    *,
+    stride: Sequence[int] | None = None,
+    padding: Sequence[int] | None = None,
+    dilation: Sequence[int] | None = None,
+    needed: Sequence[bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a convolution without padding by its images and its weight."""
-    none, ones = [0] * len(stride), [1] * len(stride)
+    """Return the gradients of a convolution by its images and its weight, those that are needed."""
+    none, ones = [0] * (x.ndim - 2), [1] * (x.ndim - 2)
     return torch.ops.aten.convolution_backward(
-        G, x, weight, None, stride, none, ones, False, none, groups, [True, True, False]
-    )[:2]
+        G, x, weight, None, stride or ones, padding or none, dilation or ones, False, none, groups,
+        [*needed, False],
+    )[:2]  # fmt: skip
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -177,7 +205,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def may_read(x: Tensor) -> bool:
     """Return True if a tensor has a value that the host can read. Under ``vmap``, see `read`."""
-    return not (is_compiling() or x.is_meta or is_capturing(x.device))
+    return not (is_compiling() or is_jit_traced() or x.is_meta or is_capturing(x.device))
 
 
 def read(x: Tensor) -> float | None:

@@ -3,6 +3,7 @@
 from itertools import product
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,6 +130,33 @@ def between_walls(operator, domain: tuple[int, ...], dtype=torch.float64) -> Ten
             taken += torch.einsum("ij,bj...->bi...", patch[(..., *place)], samples)
         results.append(taken)
     return torch.cat(results, 1).flatten(1).mT
+
+
+def exponential_between_walls(plain: torch.nn.Module, domain: tuple[int, ...], coin=None) -> Tensor:
+    """The matrix of the exponential of a zero-padded convolution's skew part, made square by zeros.
+
+    Args:
+        plain: torch's own module, with the generator as its weight; not transposed.
+        domain: of its images.
+        coin: ``(groups, m, m)``: acts before the exponential if there are more columns than rows, else after.
+    """
+    M, groups, stride = operator(plain, domain), plain.groups, tuple(plain.stride)
+    points = int(np.prod([n // s for n, s in zip(domain, stride, strict=True)]))
+    phases = phases_first(plain.in_channels, domain, stride)
+    M = M[:, phases].reshape(groups, -1, points, groups, M.shape[1] // groups // points, points)
+    rows, columns = M.shape[1], M.shape[4]
+    m = max(rows, columns)
+    square = torch.zeros(groups, m, points, groups, m, points, dtype=M.dtype)
+    square[:, :rows, :, :, :columns] = M
+    A = skew(square.reshape(groups * m * points, -1))
+    Q = torch.from_numpy(scipy.linalg.expm(A.numpy()))
+    if coin is not None:
+        C = torch.block_diag(*coin)
+        C = torch.kron(C, torch.eye(points, dtype=C.dtype))
+        Q = C @ Q if rows >= columns else Q @ C
+    Q = Q.reshape(groups, m, points, groups, m, points)[:, :rows, :, :, :columns]
+    Q = Q.reshape(groups * rows * points, -1)
+    return Q[:, torch.argsort(phases)]
 
 
 def pair_between_walls(x: Tensor, pair: Tensor, axis: int, spacing: int) -> Tensor:

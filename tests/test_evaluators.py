@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import evaluated
-from oracles import between_walls, dense, fed, random
+from oracles import between_walls, dense, exponential_between_walls, fed, random
 from test_conversion import make
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -118,9 +118,10 @@ KINDS = {  # of a convolution, its domain, images of that and a boundary
 class Evaluated(nn.Module):
     """An orthogonal convolution, or what its removal left, evaluated in one way whatever that costs."""
 
-    def __init__(self, module, action, evaluator=None):
+    def __init__(self, module, action, evaluator=None, plain=None):
         super().__init__()
         self.module, self.action, self.evaluator = module, action, evaluator
+        self.plain = [plain]  # what it was: of no concern to those who look for parameters
 
     @property
     def operator(self):
@@ -142,7 +143,7 @@ class Evaluated(nn.Module):
         return self.evaluator.apply(self.prepare(self.domain(x)), x)
 
     def by(self, evaluator):
-        return Evaluated(self.module, self.action, evaluator)
+        return Evaluated(self.module, self.action, evaluator, *self.plain)
 
     def can(self, domain, batch=2):
         return self.evaluator.cost(self.operator, domain, batch) < inf
@@ -157,7 +158,7 @@ def fixture(kind, boundary, geometry, dtype=None):
         conv.weight.mul_(0.4)
     images = [n // s for n, s in zip(domain, conv.stride, strict=True)] if conv.transposed else domain
     x = torch.zeros(1, conv.in_channels, *images, dtype=conv.weight.dtype)
-    action = []
+    action, plain = [], copy.deepcopy(conv)
 
     def noted(module, *_):
         found = operator_of(module)
@@ -200,7 +201,7 @@ def fixture(kind, boundary, geometry, dtype=None):
                 )
             )
         ]
-    return Evaluated(module, action[0]), [domain, *others] if every else [domain]
+    return Evaluated(module, action[0], plain=plain), [domain, *others] if every else [domain]
 
 
 def images(subject, domain, batch=2, seed=0):
@@ -248,6 +249,17 @@ def exact(subject, domain, kernel=None):
     """The matrix of an operator by its kernel alone, between walls by its factors."""
     action = subject.action
     geometry = action.geometry
+    if action.boundary.has_walls and subject.operator.weight.has_generator:
+        (plain,) = subject.plain
+        generator = subject.operator.weight.generator().kernel.detach()
+        dtype = COMPLEX if generator.is_complex() else torch.float64
+        cls = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[generator.ndim]
+        out, cin = generator.shape[0], generator.shape[1] * plain.groups
+        options = (plain.kernel_size, plain.stride, plain.padding, plain.dilation, plain.groups)
+        acting = cls(cin, out, *options, bias=False, dtype=dtype)
+        acting.weight.data = generator.to(dtype)
+        M = exponential_between_walls(acting, domain)
+        return M.mT if geometry.transposed else M
     if action.boundary.has_walls:
         dtype = torch.float64 if kernel is None else kernel.dtype
         M = between_walls(subject.operator, domain, dtype)
@@ -275,19 +287,34 @@ def pushed(function, subject, domain):
 def ways(*kinds):
     """Boundaries, and kinds of operators that there are with them.
 
-    Between zeros split kernels are torch's own zero-padded ones.
+    Between zeros split kernels are torch's own zero-padded ones. Between walls there are split kernels, and
+    the exponential on images of every size.
     """
-    split = {"circular": (True, False), "zeros": (False,), "walls": (True,)}
-    return [(b, k) for b in BOUNDARIES for k in kinds if k.startswith("split") in split[b]]
+
+    def exists(boundary, kind):
+        if boundary == "walls":
+            return kind == "any" or kind.startswith("split")
+        return boundary == "circular" or not kind.startswith("split")
+
+    return [(b, k) for b in BOUNDARIES for k in kinds if exists(b, k)]
 
 
 def slow_if(condition, *values):
     return pytest.param(*values, marks=pytest.mark.slow if condition else ())
 
 
-def able(boundary):
-    """Evaluators of the operators with a boundary, whatever their cost: see `CANNOT`."""
-    return [e for e in evaluate.EVALUATORS if (e.name == "chained") == (boundary == "walls")]
+def able(boundary, kind):
+    """Evaluators of the operators of a kind with a boundary, whatever their cost: see `CANNOT`."""
+    if boundary == "walls":
+        names = {"series"} if kind == "any" else {"chained"}
+    else:
+        names = {"direct", "spectral"} | ({"series"} if (boundary, kind) == ("circular", "any") else set())
+    return [e for e in evaluate.EVALUATORS if e.name in names]
+
+
+def skip_unless_able(evaluator, subject, domain):
+    if evaluator.name not in ALWAYS_ABLE and not subject.by(evaluator).can(domain):
+        pytest.skip("dilation permutes the phases of a stride: it is another generator's series")
 
 
 OFTEN = ("any", "given", "split")
@@ -296,7 +323,7 @@ every_operator = pytest.mark.parametrize(
 )
 every_way = pytest.mark.parametrize(
     ("evaluator", "boundary", "kind"),
-    [slow_if(k not in OFTEN, e, b, k) for b, k in ways(*KINDS) for e in able(b)],
+    [slow_if(k not in OFTEN, e, b, k) for b, k in ways(*KINDS) for e in able(b, k)],
     ids=lambda value: getattr(value, "name", value),
 )
 
@@ -357,16 +384,19 @@ CANNOT = {
 def test_its_cost_is_infinite_exactly_where_it_cannot(evaluator, boundary, kind, geometry, domain):
     subject, _ = fixture(kind, boundary, geometry)
     cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain] or evaluator.name == "chained"
+    if evaluator.name == "series":
+        cannot = (kind, boundary) != ("any", "circular")
     for batch in (0, 1, 1000):
         assert subject.by(evaluator).can(domain, batch) != cannot
 
 
 @pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
-def test_between_walls_one_alone_can(evaluator):
-    subject, domains = fixture("split", "walls", "2d")
+@pytest.mark.parametrize("kind", ["split", "any"])
+def test_between_walls_one_alone_can(evaluator, kind):
+    subject, domains = fixture(kind, "walls", "2d")
     for domain in domains:
         for batch in (0, 1, 1000):
-            assert subject.by(evaluator).can(domain, batch) == (evaluator.name == "chained")
+            assert subject.by(evaluator).can(domain, batch) == (evaluator in able("walls", kind))
 
 
 def test_the_contract_is_that_of_all_there_is():
@@ -411,13 +441,15 @@ def of_everything(subject):
     [
         slow_if(k not in OFTEN, e, b, k)
         for b, k in ways("any", "given", "annealed", "blocks", "any, stacked", "any, removed", "split")
-        for e in able(b)
+        for e in able(b, k)
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometry):
     """By images, generator and rest."""
-    subject = fixture(kind, boundary, geometry)[0].by(evaluator)
+    subject, domains = fixture(kind, boundary, geometry)
+    skip_unless_able(evaluator, subject, domains[0])
+    subject = subject.by(evaluator)
     f, parameters = of_everything(subject)
     x = images(subject, TINY[geometry], batch=1).requires_grad_()
     fast = kind != "given"
@@ -429,6 +461,7 @@ def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometr
 @every_way
 def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boundary, kind, geometry):
     subject, (domain, *_) = fixture(kind, boundary, geometry)
+    skip_unless_able(evaluator, subject, domain)
     subject = subject.by(evaluator)
     inputs = [*leaves(subject).values()]
     batches = [
@@ -461,7 +494,9 @@ def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
     domain = tuple(3 * n for n in domains[0]) if len(domains) > 1 else domains[0]
     x = images(subject, domain).requires_grad_()
     outcomes = []
-    for evaluator in able(boundary):
+    for evaluator in able(boundary, kind):
+        if evaluator.name not in ALWAYS_ABLE and not subject.by(evaluator).can(domain):
+            continue
         y = subject.by(evaluator)(x)
         real = torch.view_as_real(y) if y.is_complex() else y
         outcomes.append([y, *torch.autograd.grad(real.sin().sum(), [x, *leaves(subject).values()])])
@@ -477,6 +512,7 @@ def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
 @every_way
 def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
+    skip_unless_able(evaluator, subject, domains[0])
     for domain in domains:
         x = images(subject, domain, batch=3)
         state = subject.by(evaluator).prepare(domain)
@@ -496,6 +532,7 @@ def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geomet
     """Batches, single images, none at all; in the memory format that they had, and the weight's dtype."""
     evaluated(monkeypatch, evaluator.name)
     subject, (domain, *_) = fixture(kind, boundary, geometry)
+    skip_unless_able(evaluator, subject, domain)
     module, axes = subject.module, len(domain)
     x = images(subject, domain, batch=3)
     y = module(x)

@@ -358,8 +358,6 @@ def test_what_has_no_member_of_the_family_is_refused_and_unchanged(convolution, 
 def test_other_methods_are_refused():
     with pytest.raises(ValueError, match='method should be "exponential" or "split"'):
         orthogonal(nn.Conv2d(4, 4, 3, padding=1), method="cayley")
-    with pytest.raises(ValueError, match='takes method="split"'):
-        orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
 
 
 def test_a_weight_with_a_gradient_is_refused_and_unchanged():

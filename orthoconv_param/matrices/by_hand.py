@@ -34,7 +34,7 @@ class Rule(Protocol):
 
 def apply(rule: Rule, *inputs: Tensor) -> Tensor:
     """Return the value of a rule, to be differentiated in any way."""
-    if runtime.is_transformed() or any(map(runtime.is_batched, inputs)):
+    if runtime.is_transformed() or runtime.is_jit_traced() or any(map(runtime.is_batched, inputs)):
         return rule.plain(*inputs)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return rule.value(*inputs)[0]

@@ -97,7 +97,7 @@ def check_trivialization(triv: str | Trivialization) -> None:
     for dtype in (torch.complex128, torch.float64):
         # the map, too, makes its tensors there, if this is within another device's context
         with torch.no_grad(), torch.device("cpu"):
-            A = _some_skew(dtype)
+            A = some_skew(dtype)
             try:
                 Q = apply(A.clone())
             except Exception as error:  # whatever a map of others raises
@@ -113,7 +113,7 @@ def check_trivialization(triv: str | Trivialization) -> None:
         ) from errors[0]
 
 
-def _some_skew(dtype: torch.dtype) -> Tensor:
+def some_skew(dtype: torch.dtype) -> Tensor:
     """Return skew matrices ``(2, 3, 3)``, always the same ones."""
     numbers = torch.arange(1, 37, dtype=torch.float64).square().sin().reshape(2, 2, 3, 3)
     return skew(torch.complex(numbers[0], numbers[1]) if dtype.is_complex else numbers[0])

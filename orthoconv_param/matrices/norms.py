@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .products import skew
+
 
 def norm_bound(A: Tensor) -> Tensor:
     """Return an upper bound on the spectral norm of each of skew matrices ``(..., n, n)``.
@@ -17,6 +19,29 @@ def norm_bound(A: Tensor) -> Tensor:
     A4 = A2 @ A2
     bound = largest_eigenvalue(frobenius(A4), frobenius(A4 @ A4), A) ** 0.125 * size
     return torch.where(size.isfinite(), bound, size)
+
+
+def norm_bound_of_frame(X: Tensor) -> Tensor:
+    """Return an upper bound on the norm of the skew part of matrices that zeros make square.
+
+    Of ``X = [S, 2 R]`` with ``k`` rows that is ``[[S, R], [-R^H, 0]]``, with ``S`` skew. Its norm depends on
+    ``R R^H = L L^H`` alone, so that ``L`` with ``k`` columns may be taken for ``R`` with many.
+
+    Args:
+        X: ``(..., rows, columns)``.
+    """
+    X = X if X.shape[-2] <= X.shape[-1] else X.mH
+    k, m = X.shape[-2:]
+    if m <= 2 * k:
+        return norm_bound(skew(X))
+    S, R = skew(X[..., :k]), X[..., k:] / 2
+    RR = R @ R.mH
+    # a little more of the identity leaves the bound one, and a factor where there is hardly a rank
+    more = frobenius(RR).clamp(min=torch.finfo(X.dtype).tiny) * (4 * k * torch.finfo(X.dtype).eps)
+    eye = torch.eye(k, dtype=X.dtype, device=X.device)
+    L = torch.linalg.cholesky_ex(RR + more[..., None, None] * eye)[0]
+    A = torch.cat([torch.cat([S, L], -1), torch.cat([-L.mH, torch.zeros_like(S)], -1)], -2)
+    return norm_bound(A)
 
 
 def largest_eigenvalue(X: Tensor, square: Tensor, A: Tensor) -> Tensor:

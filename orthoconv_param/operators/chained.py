@@ -26,8 +26,8 @@ class Chained:
     name = "chained"
 
     def cost(self, operator: Operator, domain: Size, batch: int) -> float:
-        """Return 0 between walls, infinity elsewhere."""
-        return 0.0 if operator.boundary.has_walls else inf
+        """Return 0 between walls, if no generator is exponentiated there; infinity elsewhere."""
+        return 0.0 if operator.boundary.has_walls and not operator.weight.has_generator else inf
 
     def prepare(self, operator: Operator, domain: Size) -> Prepared:
         """Compute the factors.
@@ -38,8 +38,8 @@ class Chained:
         found = operator.weight.factors()
         if found is None:
             raise ValueError(
-                "between walls the weight should have no other parametrization than SplitExponential: what "
-                "the module does there comes from its factors. Found another one on top of it"
+                "between walls the weight should have no other parametrization than that of orthogonal: what "
+                "the module does there comes from its factors, or its generator. Found another one on top of it"
             )
         return Prepared(*found, operator.geometry)
 

@@ -36,7 +36,8 @@ class Direct:
         # tests/benchmarks/evaluation.py. Only the ratio matters, and a backward pass changes it little.
         each = 0.015 if inner >= 8 else 0.025  # a multiplication, with many channels or few
         met = prod([min(k, n) for k, n in zip(taps, domain, strict=True)])
-        return 2e5 + each * batch * prod(geometry.coarse(domain)) * met * geometry.size[0] * inner
+        images = batch * prod(geometry.coarse(domain)) * met * geometry.size[0] * inner
+        return 2e5 + operator.exponentiating(domain) + each * images
 
     def prepare(self, operator: Operator, domain: Size) -> Taps:
         """Compute the kernel."""

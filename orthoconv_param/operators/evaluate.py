@@ -1,5 +1,6 @@
 """Choosing among the ways to evaluate an operator, and doing it."""
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from ..torus.geometry import sized
 from .chained import Chained
 from .direct import Direct
 from .operator import Operator
+from .series import Series
 from .spectral import Spectral
 
 _USUAL_BATCH = 16  # of images, for what is compiled: it is to take batches of any size
@@ -34,7 +36,7 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Chained())
+EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Series(), Chained())
 
 
 def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:
@@ -45,7 +47,7 @@ def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:
 
 def prepared(evaluator: Evaluator, operator: Operator, domain: Size) -> Any:
     """Return what an evaluator prepares, once in a cached loop, for batches of any size."""
-    weight, key = operator.weight, (evaluator.name, domain)
+    weight, key = operator.weight, (evaluator.name, domain, operator.reduced)
     return runtime.once(weight.owner, key, weight.tensors, lambda: evaluator.prepare(operator, domain))
 
 
@@ -58,7 +60,8 @@ def evaluate(operator: Operator, x: Tensor, domain: Size, bias: Tensor | None = 
         evaluator = choose(operator, domain, batch)
         return evaluator, prepared(evaluator, operator, domain)
 
-    evaluator, state = runtime.once(weight.owner, (domain, batch), weight.tensors, decide)
+    key = domain, batch, operator.reduced
+    evaluator, state = runtime.once(weight.owner, key, weight.tensors, decide)
     return evaluator.apply(state, x, bias)
 
 
@@ -86,7 +89,8 @@ def convolve(operator: Operator, bias: Tensor | None, input: Any, output_size: A
     if x.is_floating_point() and runtime.is_autocast(x.device.type):
         x = x.to(dtype)
     domain = _domain(operator, x, dtype)
-    x = _checked(operator, x)
+    x, reduced = _checked(operator, x), runtime.reduced_dtype(x)
+    operator = operator if reduced is None else replace(operator, reduced=reduced)
     if output_size is not None and tuple(output_size[-axes:]) != domain:
         raise ValueError(f"output_size should be {domain}. Found {tuple(output_size)}")
     with runtime.no_autocast(x.device.type):

@@ -48,10 +48,12 @@ class Operator:
     Args:
         action: how its kernel acts.
         weight: where its matrices come from.
+        reduced: the dtype in which convolutions may be computed, if autocast names one.
     """
 
     action: Action
     weight: Weight
+    reduced: torch.dtype | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -71,6 +73,20 @@ class Operator:
         """Return True if its kernel wraps around images of this size: their torus makes it exact."""
         action = self.action
         return action.domain is None and action.boundary.is_periodic and self.weight.reads_more_of(domain)
+
+    def exponentiating(self, domain: Size) -> float:
+        """Return the estimated time of what `Series` spares: see Note [cost model].
+
+        It is 0 in a cached loop, whose steps share it, and where `Series` cannot take its place.
+        """
+        effort = self.weight.effort
+        if effort is None or runtime.is_cached():
+            return 0.0
+        lattice = self.geometry.lattice(domain)
+        rows, columns = lattice.blocks(self.geometry.size)
+        matrices = self.geometry.groups * min(effort[0], lattice.frequencies)
+        each = 0.15 if self.wraps(domain) else 0.4  # in double precision, where it is truncated
+        return 8e5 + each * matrices * max(rows, columns) ** 2 * min(rows, columns)
 
     def spectrum(self, domain: Size) -> tuple[Lattice, Tensor]:
         """Return its matrices on the torus on which it is computed for images on a domain."""

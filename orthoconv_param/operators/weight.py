@@ -8,12 +8,17 @@ from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import runtime
+from ..action.generator import Generator
 from ..checks import Size
 from ..parametrizations.blocks import Blocks
 from ..parametrizations.exponential import ConvExponential
 from ..parametrizations.split import SplitExponential
+from ..parametrizations.walled import WalledGenerator
 from ..split.chain import Chain, Factors
 from ..torus.lattice import Lattice
+
+
+_OURS = (ConvExponential, Blocks, SplitExponential, WalledGenerator)
 
 
 class Weight(Protocol):
@@ -49,6 +54,23 @@ class Weight(Protocol):
 
     def spectrum(self, images: Size | None, dilation: Size) -> tuple[Lattice, Tensor] | None:
         """Compute the matrices; None if there is only a kernel."""
+        ...
+
+    @property
+    def has_generator(self) -> bool:
+        """Return True if `generator` makes one."""
+        ...
+
+    @property
+    def effort(self) -> tuple[int, int] | None:
+        """Return at how many frequencies a compact kernel is exponentiated, and the terms of its series.
+
+        Return None where there is no choice between the two.
+        """
+        ...
+
+    def generator(self) -> Generator | None:
+        """Return what is exponentiated on images of every size; None if the kernel is something else."""
         ...
 
     def factors(self) -> tuple[Chain, Factors] | None:
@@ -98,6 +120,20 @@ class Fixed:
         """Return None."""
         return None
 
+    @property
+    def has_generator(self) -> bool:
+        """Return False."""
+        return False
+
+    @property
+    def effort(self) -> tuple[int, int] | None:
+        """Return None."""
+        return None
+
+    def generator(self) -> Generator | None:
+        """Return None."""
+        return None
+
     def factors(self) -> tuple[Chain, Factors] | None:
         """Return None."""
         return None
@@ -132,16 +168,16 @@ class Parametrized:
         )
 
     @property
-    def only(self) -> ConvExponential | Blocks | SplitExponential | None:
+    def only(self) -> ConvExponential | Blocks | SplitExponential | WalledGenerator | None:
         """Return the parametrization if it alone makes the kernel, and is one of this package."""
         only = self.stack[0] if len(self.stack) == 1 else None
-        return only if isinstance(only, (ConvExponential, Blocks, SplitExponential)) else None
+        return only if isinstance(only, _OURS) else None
 
     @property
     def exponential(self) -> ConvExponential | Blocks | None:
         """Return the parametrization if it alone makes the kernel, and from matrices."""
         only = self.only
-        return None if isinstance(only, SplitExponential) else only
+        return only if isinstance(only, (ConvExponential, Blocks)) else None
 
     @property
     def taps(self) -> Size | None:
@@ -176,6 +212,27 @@ class Parametrized:
         if isinstance(exponential, Blocks):
             return exponential.spectrum(tensors, images, dilation)
         return exponential.spectrum(tensors[0], images, dilation)
+
+    @property
+    def has_generator(self) -> bool:
+        """Return True if the parametrization exponentiates on images of every size."""
+        only = self.only
+        return isinstance(only, WalledGenerator) or (
+            isinstance(only, ConvExponential) and only.domain == "any"
+        )
+
+    @property
+    def effort(self) -> tuple[int, int] | None:
+        """Ask the parametrization."""
+        only = self.only
+        return only.effort if isinstance(only, ConvExponential) else None
+
+    def generator(self) -> Generator | None:
+        """Ask the parametrization."""
+        only = self.only
+        if not isinstance(only, (WalledGenerator, ConvExponential)) or not self.has_generator:
+            return None
+        return only.generator(self.tensors[0])
 
     def factors(self) -> tuple[Chain, Factors] | None:
         """Ask the parametrization."""

@@ -1,4 +1,4 @@
-r"""`Degree`: how many taps a compact kernel needs, from its generator's norm.
+r"""`Degree`: how many taps a compact kernel needs, or terms a series, from its generator's norm.
 
 A map with a scalar function ``f`` (``exp``, Cayley's ``(1 + z/2) / (1 - z/2)``) takes a local generator to
 a kernel whose taps fall off as the Chebyshev coefficients of ``f`` on ``i [-norm, norm]``: a polynomial of
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..checks import HALF, Size
-from ..matrices.maps import Trivialization, name, trivialization
+from ..matrices.chebyshev import LARGEST_NUMBER_OF_TERMS, series, tails
+from ..matrices.maps import Trivialization, name
 from ..torus.lattice import Lattice
 
 SINGLE_TOLERANCE = 2e-7
@@ -22,20 +23,21 @@ SINGLE_TOLERANCE = 2e-7
 # smallest of them it stays, so that derivatives at zero are as exact as values.
 _LEVELS_PER_OCTAVE = 4
 _SMALLEST_LEVEL = 0.25
-_LARGEST_DEGREE = 512  # a 3x3 generator's kernel then has 1025 x 1025 taps
 
 
 @dataclass(frozen=True)
 class Degree:
-    """The degree of the compact kernels of generators up to a norm.
+    """The degree of the polynomials that map generators up to a norm to orthogonal operators.
 
     Args:
         level: the norm.
-        value: the degree.
+        value: the degree: of compact kernels; or of a series, the number of its terms.
+        coefficients: of the map's series for that norm, to the same tolerance; none if it is too long.
     """
 
     level: float
     value: int
+    coefficients: tuple[float, ...]
 
     @classmethod
     def of(
@@ -47,7 +49,25 @@ class Degree:
             ValueError: if none below 512 does.
         """
         level = _rounded_up(norm)
-        return cls(level, smallest_degree(triv, level, tol, reach))
+        value = smallest_degree(triv, level, tol, reach)
+        return cls(level, value, series(triv, level, tol) or ())
+
+    @classmethod
+    def of_series(cls, triv: str | Trivialization, tol: float, norm: float = _SMALLEST_LEVEL) -> "Degree":
+        """Return the number of terms that a norm needs, rounded up.
+
+        Raises:
+            ValueError: if there are more than 200.
+        """
+        level = _rounded_up(norm)
+        coefficients = series(triv, level, tol)
+        if coefficients is None:
+            raise ValueError(
+                f"triv={name(triv)!r} of a generator of norm {norm:.3g} should take at most "
+                f"{LARGEST_NUMBER_OF_TERMS} terms to tol={tol:.1e}, each of them a convolution. Found more: a "
+                "smaller generator, or a smaller learning rate, takes fewer"
+            )
+        return cls(level, len(coefficients) - 1, coefficients)
 
     def covers(self, norm: float) -> bool:
         """Return True if this is the degree of a norm, neither too small nor needlessly large."""
@@ -84,10 +104,9 @@ def smallest_degree(triv: str | Trivialization, norm: float, tol: float, reach: 
     Raises:
         ValueError: if no degree below 512 does, as for a map with a discontinuity.
     """
-    # more than so many oscillations no polynomial of a lesser degree follows
-    tails = _chebyshev_tails(triv, norm) if norm < 2 * _LARGEST_DEGREE else ()
-    for p in range(2, len(tails)):
-        if tails[p] <= tol and tails[p] * (1 + _lebesgue(p, reach)) <= tol:
+    rest = tails(triv, norm)
+    for p in range(2, len(rest)):
+        if rest[p] <= tol and rest[p] * (1 + _lebesgue(p, reach)) <= tol:
             return p
     raise ValueError(
         f"triv={name(triv)!r} of a generator of norm {norm:.3g} has no compact kernel to tol={tol:.1e}: "
@@ -99,21 +118,3 @@ def _lebesgue(degree: int, reach: Size) -> float:
     """Return the norm of the interpolation by trigonometric polynomials on the torus of that degree."""
     grid = Lattice.of_degree(degree, reach, (1,) * len(reach), 1, False).grid
     return prod(float(np.mean(1 / np.sin(np.pi * (np.arange(n) + 0.5) / n))) for n in grid)
-
-
-@lru_cache(maxsize=256)
-def _chebyshev_tails(triv: str | Trivialization, norm: float) -> np.ndarray:
-    """Return ``sum_{q > p} |c_q|`` for each ``p``, from values of the map on 1 x 1 matrices."""
-    apply = trivialization(triv)
-    count = 64
-    while count <= 4 * _LARGEST_DEGREE:
-        x = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-        f = apply(torch.from_numpy(1j * norm * x).reshape(-1, 1, 1)).flatten().numpy()
-        # the discrete cosine transform of f, as the Fourier transform of its even extension
-        spectrum = np.fft.fft(np.concatenate([f, f[::-1]]))[:count]
-        c = np.abs(spectrum * np.exp(-0.5j * np.pi * np.arange(count) / count)) / count
-        c[c < 100 * np.finfo(float).eps * (1 + norm) ** 0.5] = 0  # rounding
-        if not c[count // 2 :].any():
-            return np.append(np.cumsum(c[::-1])[::-1][1:], 0.0)[:_LARGEST_DEGREE]
-        count *= 2
-    return np.full(0, np.inf)

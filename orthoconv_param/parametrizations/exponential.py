@@ -18,6 +18,7 @@ from geotorch.exceptions import InManifoldError
 from torch import Tensor
 
 from .. import runtime
+from ..action.generator import Generator
 from ..checks import Size, at_least_single, check_dtype, check_finite, per_axis
 from ..matrices import maps
 from ..matrices.expm import expm_frame
@@ -187,6 +188,16 @@ class ConvExponential(Registered):
         """
         return self._family().lattice(self.compact).taps
 
+    @property
+    def effort(self) -> tuple[int, int] | None:
+        """Frequencies at which a compact kernel is exponentiated, and the terms of its generator's series.
+
+        None unless ``domain="any"``, its norm is known, and a series has few enough terms.
+        """
+        if self.compact is None or not self.compact.coefficients:
+            return None
+        return self._family().lattice(self.compact).frequencies, len(self.compact.coefficients) - 1
+
     def reads_more_of(self, images: Size) -> bool:
         """Return True if images are so small that a compact kernel wraps around their torus."""
         return self._family().reads_more_of(images, self.compact)
@@ -252,6 +263,24 @@ class ConvExponential(Registered):
         if plan.degree is not self.compact:
             self.compact = plan.degree
         return plan.lattice, self._matrices(kernel.to(plan.dtype), plan)
+
+    @runtime.in_full_precision
+    def generator(self, X: Tensor) -> Generator:
+        """Return what is exponentiated, with ``domain="any"``.
+
+        Raises:
+            ValueError, RuntimeError: as `forward` does.
+        """
+        if self.geometry is None:  # stacked on another parametrization: nothing was inverted here
+            self._adopt(X)
+        family, kernel = self._family(), unpack(X)
+        self.check_generator(X, family.geometry.size)
+        self._follow(kernel)
+        if self.compact is None:
+            family.lattice(None)  # which raises
+        assert self.compact is not None
+        compact = self.compact
+        return Generator(kernel, family.geometry, compact.level, compact.coefficients, None)
 
     def _matrices(self, kernel: Tensor, plan: Plan) -> Tensor:
         """Return the matrices of a generator in space, as planned."""

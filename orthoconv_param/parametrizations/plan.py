@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from ..matrices.maps import Trivialization
-from ..matrices.norms import norm_bound
-from ..matrices.products import skew
+from ..matrices.norms import norm_bound_of_frame
 from ..torus.geometry import Geometry
 from ..torus.lattice import Lattice, Placement, sampling
 from .degree import SINGLE_TOLERANCE, Degree
@@ -126,11 +125,9 @@ def make_plan(
     if family.is_compact or (
         family.triv == "expm" and family.domain is not None and runtime.may_wait(kernel.device)
     ):
-        norm = _norm(geometry, kernel, reader)
+        norm = norm_of(geometry, kernel, reader)
     if family.is_compact:
-        norm, degree = _follow(family, degree, norm, runtime.may_wait(kernel.device))
-        if degree is None and kernel.is_meta:
-            degree = family.degree(0.0)
+        norm, degree = follow(family.degree, degree, norm, kernel)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
     # dilation permutes the phases of a stride, which makes another generator
     permuted = max(dilation, default=1) > 1 and max(geometry.stride) > 1
@@ -162,26 +159,34 @@ def smaller_torus(family: Family, norm: float | None) -> Lattice | None:
     return smaller if 2 * smaller.frequencies < lattice.frequencies else None
 
 
-def _norm(geometry: Geometry, kernel: Tensor, reader: Reader) -> float | None:
+def norm_of(geometry: Geometry, kernel: Tensor, reader: Reader) -> float | None:
     """Return a bound on the norm of a generator's skew part at all frequencies, if it can be read."""
     if not runtime.may_read(kernel):
         return None
     points, factor = sampling(geometry.placement.reach(geometry.taps, geometry.stride))
     with torch.no_grad():
         spectrum = geometry.lattice(points).resolution(points).spectrum(kernel.detach(), geometry.placement)
-        return reader(norm_bound(skew(spectrum)).amax() * factor)
+        return reader(norm_bound_of_frame(spectrum).amax() * factor)
 
 
-def _follow(
-    family: Family, degree: Degree | None, norm: float | None, waits: bool
+def follow(
+    needed: Callable[[float], Degree], degree: Degree | None, norm: float | None, kernel: Tensor
 ) -> tuple[float | None, Degree | None]:
     """Return the norm, if it is known, and the degree that it needs.
 
     Under `torch.compile`, `vmap` and graph capture a value cannot be read: the degree stays.
+
+    Args:
+        needed: the degree that a norm needs.
+        degree: up to now.
+        norm: as it was read.
+        kernel: the generator.
     """
-    unknown = norm is None or norm != norm or (norm == inf and not waits)
+    if degree is None and kernel.is_meta:
+        return None, needed(0.0)
+    unknown = norm is None or norm != norm or (norm == inf and not runtime.may_wait(kernel.device))
     if norm is None or (unknown and degree is not None):
         return None, degree  # not there yet, or a generator that is not finite: its kernel says so
     if degree is not None and degree.covers(norm):
         return norm, degree
-    return norm, family.degree(norm)
+    return norm, needed(norm)

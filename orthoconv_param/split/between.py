@@ -141,11 +141,11 @@ class _Applied:
     def _patch_gradients(self, G: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
         stride, groups = [*self.geometry.stride], self.geometry.groups
         if not self.geometry.transposed:
-            return runtime.convolution_gradients(G, x, kernel, stride, groups)
+            return runtime.convolution_gradients(G, x, kernel, groups, stride=stride)
         # the weight's gradient is symmetric in images and gradient
         return (
             convolve(G, kernel, stride, [0] * len(stride), [1] * len(stride), groups),
-            runtime.convolution_gradients(x, G, kernel, stride, groups)[1],
+            runtime.convolution_gradients(x, G, kernel, groups, stride=stride)[1],
         )
 
     def _summed(self, G: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from .geometry import Geometry, convolve, convolve_transposed
-from .lattice import Placement, centre, spread
+from .lattice import Placement, centre
+from .phases import spread
 
 
 class Boundary(ABC):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..checks import HALF, Size, per_axis
 from .dft import analyse, half, mirror, synthesise
+from .phases import join_phases, split_phases, spread
 
 Chosen = TypeVar("Chosen", Tensor, tuple[Tensor, ...])
 
@@ -203,22 +204,11 @@ class Lattice:
 
         These are the polyphase components: phase ``r`` has the samples ``s q + r``.
         """
-        d = len(self.domain)
-        if all(s == 1 for s in self.stride):
-            return x
-        for axis in reversed(range(2, d + 2)):  # each axis becomes (coarse, phase)
-            x = torch.unflatten(x, axis, (-1, self.stride[axis - 2]))
-        coarse, phase = range(2, 2 * d + 2, 2), range(3, 2 * d + 2, 2)
-        return x.permute(0, 1, *phase, *coarse).flatten(1, d + 1)
+        return split_phases(x, [*self.stride])
 
     def interleave(self, phases: Tensor) -> Tensor:
         """Return the images that have these polyphase components: the inverse of `phases`."""
-        d = len(self.domain)
-        if all(s == 1 for s in self.stride):
-            return phases
-        phases = phases.unflatten(1, (-1, *self.stride))
-        order = [axis for i in range(2, d + 2) for axis in (i + d, i)]  # (coarse, phase) pairs
-        return phases.permute(0, 1, *order).reshape(*phases.shape[:2], *self.domain)
+        return join_phases(phases, [*self.stride])
 
     def spectrum(self, kernel: Tensor, placement: Placement | None = None) -> Tensor:
         """Return the operator's matrices, one for each group and frequency.
@@ -359,11 +349,3 @@ def unpack(generator: Tensor) -> Tensor:
 def _hartley(x: Tensor) -> Tensor:
     f = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
     return f.real - f.imag  # its own inverse
-
-
-def spread(kernel: Tensor, axis: int, dilation: int) -> Tensor:
-    """Return the kernel with ``dilation - 1`` zeros after each of its taps, along one axis."""
-    if dilation == 1:
-        return kernel
-    after = (0, 0) * (kernel.ndim - axis - 1)  # for `pad`, which begins with the last axis
-    return F.pad(kernel.unsqueeze(axis + 1), (*after, 0, dilation - 1)).flatten(axis, axis + 1)

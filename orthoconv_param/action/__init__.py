@@ -1,0 +1,1 @@
+"""The exponential of a skew convolution, applied to images without a kernel."""
