@@ -105,11 +105,12 @@ def can_move(module, domain):
 
 def check_orthogonal(conv, domain, where, triv="expm"):
     dtype = conv.weight.dtype
+    options = {"boundary": "walls"} if where == "walls" else {"domain": where}
     if not exists(conv):
         with pytest.raises(ValueError, match="no semi-orthogonal operator"):
-            orthogonal(conv, domain=where)
+            orthogonal(conv, **options)
         return
-    module = orthogonal(conv, domain=where, triv=triv)
+    module = orthogonal(conv, triv=triv, **options)
     assert module is conv
     before = operator(module, domain)
     assert defect(before.to(torch.promote_types(dtype, torch.float64))) < TOLERANCE[dtype]
@@ -145,7 +146,7 @@ SOME = [  # kernel, geometry, domain
 ]
 
 
-@pytest.mark.parametrize("where", ["any", "given"])
+@pytest.mark.parametrize("where", ["any", "given", "walls"])
 @pytest.mark.parametrize(("kernel", "geometry", "domain"), SOME)
 def test_the_operator_is_orthogonal_at_first_and_after_training(kernel, geometry, domain, where):
     geometry = dict(geometry)
@@ -155,10 +156,10 @@ def test_the_operator_is_orthogonal_at_first_and_after_training(kernel, geometry
     spans = [r * (k - 1) + 1 for k, r in zip(kernel, conv.dilation, strict=True)]
     domain = (
         domain
-        if where == "any"
+        if where != "given"
         else tuple(max(n, -(-e // s) * s) for n, e, s in zip(domain, spans, conv.stride, strict=True))
     )
-    check_orthogonal(conv, domain, "any" if where == "any" else domain, triv)
+    check_orthogonal(conv, domain, domain if where == "given" else where, triv)
 
 
 KERNELS = {
@@ -226,6 +227,9 @@ def test_the_whole_grid(part):
         refused += not exists(conv)
         made += 1
         check_orthogonal(conv, domain, "any" if where == "any" else domain, triv)
+        if made % 4 == 0:
+            walled = make(kernel, **geometry, transposed=transposed, dtype=dtype)
+            check_orthogonal(walled, domain, "walls", triv)
     assert made > refused
 
 

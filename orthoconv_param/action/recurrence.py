@@ -29,7 +29,7 @@ from ..torus.geometry import convolve
 _CACHED_BYTES = 2**21  # of images that go through all terms at once, on a CPU
 _KEPT_BYTES = 2**24  # of one phi, above which none is kept for the backward pass
 _KEPT_IMAGES = 3  # at most so many phi are kept, each of the whole batch
-_BETWEEN_BYTES = 2**24  # of what is between the terms of one pass: it may always take so much
+_BETWEEN_BYTES = 2**22  # of what is between the terms of one pass: it may always take so much
 _BETWEEN_IMAGES = 2  # likewise, in images of the whole batch
 
 
@@ -128,19 +128,18 @@ class Series:
         """Return the images, and if the kernel's gradient may be wanted the first few ``phi``."""
         x, *B = inputs
         early = self._kept_early(x) if B[0].requires_grad else 0
-        kept: list[list[Tensor]] = [[] for _ in range(early)]
         y, B = torch.empty_like(x), self._doubled(B)
-        for (part,), result in _pieces(max(_images_at_once(x, early + 4), 1), (x,), y):
+        kept = [torch.empty_like(x, memory_format=_last(x)) for _ in range(early)]
+        for (part,), (result, *phis) in _pieces(_images_at_once(x, 4), (x,), (y, *kept)):
             before, last = None, part
             total = self.coefficients[0] * part
             for k, c in enumerate(self.coefficients[1:]):
                 before, last = last, self._next(before, last, B)
                 total.add_(last, alpha=c)
                 if k < early:
-                    kept[k].append(last)
-            assert result is not None
+                    phis[k].copy_(last)
             result.copy_(total)
-        return y, [phis[0] if len(phis) == 1 else torch.cat(phis) for phis in kept if phis]
+        return y, kept
 
     def gradient(
         self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
@@ -151,9 +150,10 @@ class Series:
         dB = [torch.zeros_like(b) for b in B] if any(needed[1:]) else []
         B = self._doubled(B)
         count = _images_at_once(x, len(self.coefficients) + 3 - len(kept))
-        for (part, g, *phis), result in _pieces(max(count, 1), (x, G, *kept), dx):
+        results = () if dx is None else (dx,)
+        for (part, g, *phis), into in _pieces(count, (x, G, *kept), results):
             gradient = self._falling([part, *phis], g, B, dB, keeps=count > 0)
-            if result is not None:
+            for result in into:
                 result.copy_(gradient)
         return dx, *([d.mul_(2) for d in dB] or [None] * len(B))
 
@@ -333,13 +333,17 @@ def _images_at_once(x: Tensor, kept: int) -> int:
 
 
 def _pieces(
-    count: int, images: Sequence[Tensor], result: Tensor | None
-) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """Go through so many of the images at a time, with their channels last in memory, and of the result."""
-    for start in range(0, len(images[0]), count):
-        part = slice(start, start + count)
-        pieces = [x[part].contiguous(memory_format=_last(x)) for x in images]
-        yield pieces, None if result is None else result[part]
+    count: int, images: Sequence[Tensor], results: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Go through so many of the images at a time, one at least: with their channels last; and of the results."""
+    batch = len(images[0])
+    pieces = -(-batch // max(count, 1))  # of equal size
+    for piece in range(pieces):
+        part = slice(piece * batch // pieces, (piece + 1) * batch // pieces)
+        yield (
+            [x[part].contiguous(memory_format=_last(x)) for x in images],
+            [y[part] for y in results],
+        )
 
 
 def _last(x: Tensor) -> torch.memory_format:

@@ -18,8 +18,9 @@ from ..checks import Size, check_finite, per_axis
 from ..parametrizations.blocks import Block
 from ..torus.geometry import CONVOLUTIONS
 from ..walled import WalledConvolution
+from ..walled_exponential import WalledExponential
 
-WALLED: tuple[type[nn.Module], ...] = (WalledConvolution,)  # what removal leaves between walls
+WALLED: tuple[type[nn.Module], ...] = (WalledConvolution, WalledExponential)  # what removal leaves
 MEASURED: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *WALLED)  # what is measured
 
 
