@@ -163,7 +163,7 @@ def _between_walls(
     whole = geometry_of(module)
     whole.check_existence(whole.size, whole.groups)
     if max(whole.placement.reach(whole.taps, whole.stride)) == 0:  # no wall is seen
-        torus = whole.stride if base else "any"
+        torus: Any = whole.stride if base else "any"
         generator = replace(whole, transposed=False)
         conversion = Conversion(module, generator, torus, Action(whole, CIRCULAR, None, whole.dilation))
         conversion.install(conversion.exponential(owner, triv=triv, base=base))
@@ -268,8 +268,8 @@ class Conversion:
         edges = _boundary(module, boundary)
         if edges.has_walls:
             raise ValueError(
-                'boundary should be "circular" or "zeros": between walls a pretrained operator has no way to an '
-                'orthogonal one here. Use orthogonal(..., boundary="walls"), which starts near it. Found "walls"'
+                'boundary should be "circular" or "zeros": retrofit knows no way from an operator to '
+                'one between walls. Use orthogonal(..., boundary="walls"). Found "walls"'
             )
         if domain is None or (isinstance(domain, str) and domain != "any"):
             kind = TypeError if domain is None else ValueError

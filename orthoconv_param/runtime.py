@@ -40,7 +40,7 @@ def is_compiling() -> bool:
 
 
 def is_compiled_whole() -> bool:
-    """Return True in what is compiled, but not exported, where only a backward pass asks for derivatives."""
+    """Return True in what is compiled, not exported, where only a backward pass asks for derivatives."""
     exported = getattr(torch.compiler, "is_exporting", is_compiling)  # which torch 2.6 does not tell
     return is_compiling() and not (exported() or torch._C._are_functorch_transforms_active())
 

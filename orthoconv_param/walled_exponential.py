@@ -9,7 +9,7 @@ from . import runtime
 from .action import recurrence
 from .action.skew import Layout, entering, leaving, skew_kernel
 from .checks import at_least_single
-from .parametrizations.walled import Norm, WalledGenerator
+from .parametrizations.walled import WalledGenerator
 from .torus.geometry import Geometry, sized
 
 
@@ -116,8 +116,8 @@ class WalledExponential(nn.Module):
 
     It is no ``nn.Conv2d``: nothing may be folded into its weight. Made by
     ``torch.nn.utils.parametrize.remove_parametrizations`` of what ``orthogonal(..., boundary="walls")`` has
-    made. **Whatever its weight is, the operator is orthogonal**: after training and assignment too. The number
-    of terms follows the weight's norm. In what is exported, scripted or traced it stays.
+    made. **Whatever its weight is, the operator is orthogonal**: after training and assignment too. The
+    number of terms follows the weight's norm. In what is exported, scripted or traced it stays.
     """
 
     weight: Tensor

@@ -138,7 +138,8 @@ def exponential_between_walls(plain: torch.nn.Module, domain: tuple[int, ...], c
     Args:
         plain: torch's own module, with the generator as its weight; not transposed.
         domain: of its images.
-        coin: ``(groups, m, m)``: acts before the exponential if there are more columns than rows, else after.
+        coin: ``(groups, m, m)``: acts before the exponential if there are more columns than rows, else
+            after.
     """
     M, groups, stride = operator(plain, domain), plain.groups, tuple(plain.stride)
     points = int(np.prod([n // s for n, s in zip(domain, stride, strict=True)]))

@@ -178,7 +178,9 @@ def test_a_coin_starts_it_at_the_nearest_pixelwise_matrix(kernel, options, domai
         double = torch.promote_types(dtype, torch.float64)
         expected = exponential_between_walls(plain.to(double), domain, coin.to(double))
         close(moved.to(double), expected, atol=TOLERANCE[dtype], rtol=0)
-    twin = orthogonal(make(kernel, **options, dtype=dtype, transposed=transposed, seed=5), boundary="walls", base=True)
+    twin = orthogonal(
+        make(kernel, **options, dtype=dtype, transposed=transposed, seed=5), boundary="walls", base=True
+    )
     twin.load_state_dict(module.state_dict())
     close(operator(twin, domain), moved)
     parametrize.remove_parametrizations(module, "weight")
@@ -219,7 +221,8 @@ def test_maps_without_a_real_series_are_refused(triv):
     weight = conv.weight
     with pytest.raises(ValueError, match="a triv that is applied by its series should"):
         orthogonal(conv, boundary="walls", triv=triv)
-    assert conv.weight is weight and type(conv) is nn.Conv2d
+    assert conv.weight is weight
+    assert type(conv) is nn.Conv2d
 
 
 # The norm
@@ -347,7 +350,11 @@ def test_peak_is_within_six_images_of_the_plain_layers():
 @pytest.mark.parametrize("boundary", ["circular", "walls"])
 @pytest.mark.parametrize(
     ("kernel", "options", "domain"),
-    [((3, 3), {}, (4, 5)), ((3, 3), {"stride": 2, "cin": 2, "out": 4, "groups": 2}, (6, 4)), ((5,), {"cin": 2}, (7,))],
+    [
+        ((3, 3), {}, (4, 5)),
+        ((3, 3), {"stride": 2, "cin": 2, "out": 4, "groups": 2}, (6, 4)),
+        ((5,), {"cin": 2}, (7,)),
+    ],
 )
 def test_in_little_memory_it_is_the_same(boundary, kernel, options, domain, monkeypatch):
     """A few images at a time, nothing kept, and the recurrence run backwards."""
@@ -376,14 +383,13 @@ def test_autocast_reduces_convolutions_and_terms(low, boundary, stride, monkeypa
     domain = (8, 6)
     single = operator(module, domain)
     used, convolve = [], recurrence.convolve
-    monkeypatch.setattr(
-        recurrence, "convolve", lambda x, *rest: used.append(x.dtype) or convolve(x, *rest)
-    )
+    monkeypatch.setattr(recurrence, "convolve", lambda x, *rest: used.append(x.dtype) or convolve(x, *rest))
     operator(module, domain)
     many, used[:] = len(used), []
     with torch.autocast("cpu", dtype=low):
         M = operator(module, domain)
-        assert set(used) == {low} and 0 < len(used) < many
+        assert set(used) == {low}
+        assert 0 < len(used) < many
         x = random(2, 8, *domain, dtype=torch.float32).requires_grad_()
         y = module(x)
     assert M.dtype == torch.float32
@@ -429,9 +435,7 @@ def test_compiled_whole(stride, removed, transposed):
     for size in ((4, 6), (8, 6), (10, 12)):
         x = random(2, module.in_channels, *size, dtype=torch.float32).requires_grad_()
         values = [x, *module.parameters()]
-        outcomes = [
-            [y, *torch.autograd.grad(y.sin().sum(), values)] for y in (module(x), compiled(x))
-        ]
+        outcomes = [[y, *torch.autograd.grad(y.sin().sum(), values)] for y in (module(x), compiled(x))]
         for one, other in zip(*outcomes, strict=True):
             close(other, one, atol=1e-5 * max(1, one.abs().max().item()), rtol=0)
     torch.compiler.reset()
@@ -463,8 +467,11 @@ def test_the_weight_is_the_generator():
     module.weight = other
     close(module.weight, other)
     assert orthogonality_defect(module, 5) < 1e-5
-    assert module.padding_mode == "zeros" and module.padding == (1, 1) and module.kernel_size == (3, 3)
-    assert "boundary='walls'" in repr(module) and "its skew part is exponentiated" in repr(module)
+    assert module.padding_mode == "zeros"
+    assert module.padding == (1, 1)
+    assert module.kernel_size == (3, 3)
+    assert "boundary='walls'" in repr(module)
+    assert "its skew part is exponentiated" in repr(module)
 
 
 @pytest.mark.parametrize("base", [False, True])
@@ -485,7 +492,7 @@ def test_checkpoints(base):
         orthogonal(copy.deepcopy(plain), method="split", boundary="walls"),
         orthogonal(copy.deepcopy(plain), boundary="walls", base=not base),
     ):
-        with pytest.raises(RuntimeError, match="the checkpoint should be of|Unexpected|size mismatch"):
+        with pytest.raises(RuntimeError, match=r"the checkpoint should be of|Unexpected|size mismatch"):
             twin.load_state_dict(other.state_dict())
         close(twin(x), before)
 
@@ -519,7 +526,9 @@ def test_what_removal_leaves_computes_the_same(kernel, options, domain, dtype, b
     with torch.no_grad():
         X = generators(module)[0]
         X.add_(0.1 * random(*X.shape, dtype=dtype))
-    size = tuple(n // s for n, s in zip(domain, module.stride, strict=True)) if module.transposed else domain
+    size = (
+        tuple(n // s for n, s in zip(domain, module.stride, strict=True)) if module.transposed else domain
+    )
     x = random(3, module.in_channels, *size, dtype=dtype)
     y, single = module(x), module(x[0])
     parametrize.remove_parametrizations(module, "weight")
@@ -584,13 +593,15 @@ def test_bad_input_is_named_and_changes_nothing(options, error, message):
     weight, value = conv.weight, conv.weight.detach().clone()
     with pytest.raises(error, match=message):
         orthogonal(conv, boundary="walls", **options)
-    assert type(conv) is nn.Conv2d and conv.weight is weight
+    assert type(conv) is nn.Conv2d
+    assert conv.weight is weight
     close(conv.weight, value)
 
 
 @pytest.mark.parametrize("base", [None, False, True])
 @pytest.mark.parametrize(
-    ("kernel", "options", "domain"), [((1, 1), {"cin": 3, "out": 5}, (3, 4)), ((2, 2), {"stride": 2}, (4, 2))]
+    ("kernel", "options", "domain"),
+    [((1, 1), {"cin": 3, "out": 5}, (3, 4)), ((2, 2), {"stride": 2}, (4, 2))],
 )
 def test_a_kernel_that_sees_no_wall_has_none(kernel, options, domain, base):
     module = orthogonal(make(kernel, **options), boundary="walls", base=base)

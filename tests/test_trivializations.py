@@ -6,6 +6,7 @@ from oracles import defect, dense, random, skew
 from scipy.special import jv
 
 from orthoconv_param import expm_skew
+from orthoconv_param.matrices import chebyshev
 from orthoconv_param.matrices.maps import (
     RETRACTIONS,
     cayley,
@@ -16,7 +17,7 @@ from orthoconv_param.matrices.maps import (
     retraction,
     trivialization,
 )
-from orthoconv_param.parametrizations.degree import _chebyshev_tails, smallest_degree
+from orthoconv_param.parametrizations.degree import smallest_degree
 from orthoconv_param.torus.lattice import Lattice
 
 MAPS = ["expm", "cayley", geotorch.SO.trivializations["expm"], geotorch.SO.trivializations["cayley"]]
@@ -63,7 +64,7 @@ def test_an_unknown_name_lists_the_names():
 
 @pytest.mark.parametrize("norm", [0.25, 1.0, 4.0, 20.0])
 def test_tails_of_the_exponential_are_those_of_the_bessel_functions(norm):
-    tails = _chebyshev_tails("expm", norm)[:30]
+    tails = chebyshev.tails("expm", norm)[:30]
     exact = [2 * np.abs(jv(np.arange(p + 1, p + 120), norm)).sum() for p in range(30)]
     # the rounding of 64 values of modulus 1 is all that may differ
     np.testing.assert_allclose(tails, exact, atol=1e-13)
@@ -83,7 +84,7 @@ def compact_defect(p, theta):
 def test_the_tail_alone_is_no_bound_and_with_lebesgues_constant_it_is():
     """A compact kernel also interpolates between its torus's frequencies, which enlarges the tail."""
     tol, norm = 2e-7, 1.0
-    tails = _chebyshev_tails("expm", norm)
+    tails = chebyshev.tails("expm", norm)
     p = int(np.argmax(tails <= tol))
     assert tails[p] <= tol < compact_defect(p, norm)
     bound = smallest_degree("expm", norm, tol, (1,))

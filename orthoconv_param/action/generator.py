@@ -27,7 +27,7 @@ class Generator(NamedTuple):
     coin: Tensor | None
 
     def terms(self, reduced: torch.dtype | None) -> tuple[float, ...]:
-        """Return as many coefficients as a dtype can hold, to which convolutions are reduced; for None all."""
+        """Return the coefficients that count in a dtype to which convolutions are reduced; for None all."""
         count = len(self.coefficients)
         if reduced is not None:
             left_out, tol = 0.0, runtime.rounding(reduced)

@@ -1,16 +1,17 @@
 r"""The action of a Chebyshev series, by one convolution for each term.
 
-    f(T) x = sum_k c_k phi_k,    phi_0 = x,  phi_1 = B x,  phi_{k+1} = 2 B phi_k + phi_{k-1},    B = T / rho.
+    f(T) x = sum_k c_k phi_k,    phi_0 = x,  phi_1 = B x,  phi_{k+1} = 2 B phi_k + phi_{k-1},  B = T / rho.
 
 With ``g`` the gradient at the result and ``B^T = -B``, the gradient at ``phi_k`` is
 
     lam_k = c_k g - 2 B lam_{k+1} + lam_{k+2},    lam_0 = c_0 g - B lam_1 + lam_2,
 
-which for ``k = 0`` is that at ``x``. The gradient at the kernel is the sum of those of each convolution, from
-the pairs ``phi_{k-1}, lam_k``. That is ``4 m - 1`` convolutions forward and backward.
+which for ``k = 0`` is that at ``x``. The gradient at the kernel is the sum of those of each convolution,
+from the pairs ``phi_{k-1}, lam_k``. That is ``4 m - 1`` convolutions forward and backward.
 
-Nothing is kept for the backward pass but the images. A few of them at a time are taken through all terms: what
-is between the terms then stays in the cache, and the memory that it takes does not depend on the batch.
+The first ``phi`` are kept for the backward pass, three at most, and the others computed again. A few images
+at a time are taken through all terms: what is between the terms stays in the cache, and takes no more
+memory for more of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -72,8 +73,8 @@ def times(
     """Return ``B x``. TorchScript compiles this.
 
     Args:
-        B: the kernel, ``(groups * m, m, *taps)``; or its first rows ``(groups * k, m, *taps)``, and the first
-            columns of the others, ``(groups * (m - k), k, *taps)``.
+        B: the kernel, ``(groups * m, m, *taps)``; or its first rows ``(groups * k, m, *taps)``, and the
+            first columns of the others, ``(groups * (m - k), k, *taps)``.
         x: images, ``(batch, groups * m, *size)``.
         padding: as of `series`.
         dilation: likewise.
@@ -155,7 +156,7 @@ class Series:
             gradient = self._falling([part, *phis], g, B, dB, keeps=count > 0)
             for result in into:
                 result.copy_(gradient)
-        return dx, *([d.mul_(2) for d in dB] or [None] * len(B))
+        return (dx, *(d.mul_(2) for d in dB)) if dB else (dx, *(None for _ in B))
 
     def _kept_early(self, x: Tensor) -> int:
         """Return how many ``phi`` are kept for the backward pass."""
@@ -179,9 +180,7 @@ class Series:
             return x
         sides = [*zip(self.surround[-2::-2], self.surround[::-2], strict=True)]
         size = [n + a + b for n, (a, b) in zip(x.shape[2:], sides, strict=True)]
-        y = torch.empty(
-            (*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=_last(x)
-        )
+        y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=_last(x))
         inner = y
         for axis, (n, (a, _)) in enumerate(zip(x.shape[2:], sides, strict=True), start=2):
             inner = inner.narrow(axis, a, n)
@@ -219,7 +218,7 @@ class Series:
     def _falling(
         self, phis: list[Tensor], g: Tensor, B: list[Tensor], dB: list[Tensor], keeps: bool
     ) -> Tensor:
-        """Return the gradient at the images, and add half of that at the kernel to ``dB``, if there is one."""
+        """Return the gradient at the images, and add half of that at the kernel to ``dB``, if any."""
         c, later, last = self.coefficients, None, None
         falling = self._sinking(phis, B, keeps) if dB else iter(())
         for k in range(len(c) - 1, 0, -1):
@@ -231,7 +230,8 @@ class Series:
             later, last = last, lam
             if dB:
                 self._add_gradients(dB, 1.0 if k > 1 else 0.5, lam, next(falling), B)
-        assert last is not None and later is not None
+        assert last is not None
+        assert later is not None
         return (c[0] * g).sub_(self._times(B, last), alpha=0.5).add_(later)
 
     def _add_gradients(
@@ -271,9 +271,7 @@ def _kernels(B: Tensor, others: Tensor | None) -> list[Tensor]:
     return [B] if others is None else [B, others]
 
 
-def _value(
-    x: Tensor, B: Tensor, others: Tensor | None, coefficients: list[float], *fields: Any
-) -> Tensor:
+def _value(x: Tensor, B: Tensor, others: Tensor | None, coefficients: list[float], *fields: Any) -> Tensor:
     return _rule(coefficients, *fields).value(x, *_kernels(B, others))[0]
 
 
@@ -305,11 +303,11 @@ _operator = torch.library.custom_op(
 )
 _operator.register_fake(lambda x, *_: torch.empty_like(x))
 torch.library.custom_op(
-    "orthoconv_param::series_gradient", _gradient, mutates_args=(),
+    "orthoconv_param::series_gradient",
+    _gradient,
+    mutates_args=(),
     schema=f"(Tensor G, {_FIELDS}) -> Tensor[]",
-).register_fake(  # fmt: skip
-    lambda G, x, B, others, *_: [torch.empty_like(t) for t in (x, *_kernels(B, others))]
-)
+).register_fake(lambda G, x, B, others, *_: [torch.empty_like(t) for t in (x, *_kernels(B, others))])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -326,7 +324,7 @@ _operator.register_autograd(_backward, setup_context=_setup)
 
 
 def _images_at_once(x: Tensor, kept: int) -> int:
-    """Return how many images may go through all terms at once, if so many of each are kept; perhaps none."""
+    """Return how many images may go through all terms at once, if so many of each are kept: 0 or more."""
     each = max(prod(x.shape[1:]) * x.element_size(), 1)
     count = max(_BETWEEN_BYTES, _BETWEEN_IMAGES * len(x) * each) // (kept * each)
     return min(count, max(_CACHED_BYTES // each, 1)) if runtime.may_wait(x.device) else count
@@ -335,7 +333,7 @@ def _images_at_once(x: Tensor, kept: int) -> int:
 def _pieces(
     count: int, images: Sequence[Tensor], results: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Go through so many of the images at a time, one at least: with their channels last; and of the results."""
+    """Go through so many images at a time, with their channels last in memory, and as many results."""
     batch = len(images[0])
     pieces = -(-batch // max(count, 1))  # of equal size
     for piece in range(pieces):

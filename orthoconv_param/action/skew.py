@@ -6,8 +6,8 @@ convolution: of the kernel ``a = (w - w^*) / 2``, where ``w^*`` is ``w`` with it
 the adjoint of its matrix at each of them. Continued by zeros, or around a torus, ``T`` is exactly a skew
 matrix on images of every size, because the adjoint of such a convolution is that with the kernel ``w^*``.
 
-A complex matrix acts on real and imaginary parts as ``[[Re, -Im], [Im, Re]]``, which is real, and skew where
-it is skew. So everything here ends in real kernels and images. TorchScript compiles the functions.
+A complex matrix acts on real and imaginary parts as ``[[Re, -Im], [Im, Re]]``, which is real, and skew
+where it is skew. So everything here ends in real kernels and images. TorchScript compiles the functions.
 """
 
 from dataclasses import dataclass
@@ -108,9 +108,9 @@ def coarse_kernel(w: Tensor, numbers: list[list[int]]) -> Tensor:
 def skew_kernel(w: Tensor, numbers: list[list[int]]) -> list[Tensor]:
     """Return the skew kernel of a generator, real: one kernel, or two where channels differ.
 
-    Of ``m`` rows and columns all but the first ``k = min(rows, columns)`` meet in zeros. So there are the first
-    rows, ``(groups * k, m, *taps)``, and the first columns of the others, ``(groups * (m - k), k, *taps)``. Of a
-    complex generator there are twice as many channels: real and imaginary parts, in turn.
+    Of ``m`` rows and columns all but the first ``k = min(rows, columns)`` meet in zeros. So there are the
+    first rows, ``(groups * k, m, *taps)``, and the first columns of the others, ``(groups * (m - k), k,
+    *taps)``. Of a complex generator there are twice as many channels: real and imaginary parts, in turn.
 
     Args:
         w: the generator, ``(out, in/groups, *taps)``.
@@ -150,8 +150,8 @@ def entering(x: Tensor, coin: Optional[Tensor], numbers: list[list[int]], transp
 
     Args:
         x: images, ``(batch, in, *domain)``; of a transposed convolution ``(batch, out, *grid)``.
-        coin: matrices ``(groups, m, m)``. In a group with as many rows as columns or more they act after the
-            exponential, else before.
+        coin: matrices ``(groups, m, m)``. With as many rows as columns in a group, or more, they act after
+            the exponential, else before.
         numbers: `Layout.numbers`.
         transposed: whether the transpose is applied. It is the conjugate of the adjoint of the conjugate.
     """
@@ -173,7 +173,11 @@ def entering(x: Tensor, coin: Optional[Tensor], numbers: list[list[int]], transp
 
 
 def leaving(
-    x: Tensor, coin: Optional[Tensor], numbers: list[list[int]], transposed: bool, is_complex: bool  # noqa: UP045
+    x: Tensor,
+    coin: Optional[Tensor],  # noqa: UP045, TorchScript reads no other
+    numbers: list[list[int]],
+    transposed: bool,
+    is_complex: bool,
 ) -> Tensor:
     """Return images as the module gives them, of those that `entering` and the exponential have made."""
     groups, rows, columns = numbers[1][0], numbers[1][1], numbers[1][2]
@@ -203,5 +207,5 @@ def adjoint_of(coin: Tensor) -> Tensor:
 
 
 def conjugate(x: Tensor) -> Tensor:
-    """Return the conjugate. (Forward mode within ``vmap`` takes no views of `torch.conj`.)"""
+    """Return the conjugate. Forward mode within ``vmap`` does not take the views of `torch.conj`."""
     return torch.complex(x.real, -x.imag)

@@ -54,8 +54,8 @@ def tails(triv: str | Trivialization, norm: float) -> np.ndarray:
 def series(triv: str | Trivialization, norm: float, tol: float) -> tuple[float, ...] | None:
     """Return ``c_0, ..., c_m``, as many as leave out no more than ``tol``, and three at least.
 
-    Return None if there are more than 200, as for large norms, and for maps with a discontinuity; or if they
-    are not real, since the map does not take real matrices to real ones.
+    Return None if there are more than 200, as for large norms, and for maps with a discontinuity; or if
+    they are not real, since the map does not take real matrices to real ones.
     """
     few = np.flatnonzero(tails(triv, norm) <= tol)
     if not len(few) or few[0] > LARGEST_NUMBER_OF_TERMS:
@@ -82,11 +82,11 @@ def check_series(triv: str | Trivialization) -> None:
         error = ((V * of_values[..., None, :]) @ V.mH - triv(A.clone())).abs().amax().item()
     if not error < 1e-6:
         raise ValueError(
-            "a triv that is applied by its series should act on eigenvalues, as exp and Cayley's map do. Found "
-            f"{name(triv)!r}, which is {error:.1e} from what it makes of the eigenvalues of a 3 x 3 matrix"
+            "a triv that is applied by its series should act on eigenvalues, as exp and Cayley's map do. "
+            f"Found {name(triv)!r}, which is {error:.1e} from what it makes of a matrix's eigenvalues"
         )
     if series(triv, 0.25, 1e-4) is None:
         raise ValueError(
-            "a triv that is applied by its series should be smooth, and take real matrices to real ones. Found "
-            f"{name(triv)!r}"
+            "a triv that is applied by its series should be smooth, and take real matrices to real ones. "
+            f"Found {name(triv)!r}"
         )

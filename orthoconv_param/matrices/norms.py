@@ -24,8 +24,8 @@ def norm_bound(A: Tensor) -> Tensor:
 def norm_bound_of_frame(X: Tensor) -> Tensor:
     """Return an upper bound on the norm of the skew part of matrices that zeros make square.
 
-    Of ``X = [S, 2 R]`` with ``k`` rows that is ``[[S, R], [-R^H, 0]]``, with ``S`` skew. Its norm depends on
-    ``R R^H = L L^H`` alone, so that ``L`` with ``k`` columns may be taken for ``R`` with many.
+    Of ``X = [S, 2 R]`` with ``k`` rows that is ``[[S, R], [-R^H, 0]]``, with ``S`` skew. Its norm depends
+    on ``R R^H = L L^H`` alone, so that ``L`` with ``k`` columns may be taken for ``R`` with many.
 
     Args:
         X: ``(..., rows, columns)``.

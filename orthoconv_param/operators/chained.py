@@ -38,8 +38,8 @@ class Chained:
         found = operator.weight.factors()
         if found is None:
             raise ValueError(
-                "between walls the weight should have no other parametrization than that of orthogonal: what "
-                "the module does there comes from its factors, or its generator. Found another one on top of it"
+                "between walls the weight should have no other parametrization than that of orthogonal: "
+                "what the module does there comes from its factors, or its generator. Found another one"
             )
         return Prepared(*found, operator.geometry)
 

@@ -40,7 +40,7 @@ class Prepared(NamedTuple):
 
 
 class Series:
-    """Evaluates the exponential of a generator, between walls or around a torus, by its action on images."""
+    """Evaluates the exponential of a generator by its action on images, between walls or around a torus."""
 
     name = "series"
 
@@ -71,7 +71,8 @@ class Series:
         transposed = action.geometry.transposed
         norm = -generator.norm if transposed else generator.norm
         B = [b / norm for b in skew_kernel(generator.kernel, layout.numbers)]
-        padding, surround, dilation = layout.padding, (), layout.dilation
+        surround: Size = ()
+        padding, dilation = layout.padding, layout.dilation
         if not action.boundary.has_walls:
             dilation = tuple(a * r for a, r in zip(dilation, action.dilation, strict=True))
             grid = action.geometry.coarse(domain)

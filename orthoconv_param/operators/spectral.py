@@ -37,7 +37,12 @@ class Spectral:
         out, inner = geometry.size[:2]
         points, kernels = prod(domain), out * inner
         images = batch * (inner * geometry.groups * points + out * prod(geometry.coarse(domain)))
-        cost = operator.exponentiating(domain) + 3e5 + 0.25 * images * log2(2 * points) + 0.1 * batch * kernels * points
+        cost = (
+            operator.exponentiating(domain)
+            + 3e5
+            + 0.25 * images * log2(2 * points)
+            + 0.1 * batch * kernels * points
+        )
         if runtime.is_cached():  # its kernel is transformed once for many steps
             return cost
         return cost + 1e5 + 0.4 * kernels * points * log2(2 * points)

@@ -17,7 +17,6 @@ from ..parametrizations.walled import WalledGenerator
 from ..split.chain import Chain, Factors
 from ..torus.lattice import Lattice
 
-
 _OURS = (ConvExponential, Blocks, SplitExponential, WalledGenerator)
 
 

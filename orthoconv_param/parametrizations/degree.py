@@ -64,8 +64,8 @@ class Degree:
         if coefficients is None:
             raise ValueError(
                 f"triv={name(triv)!r} of a generator of norm {norm:.3g} should take at most "
-                f"{LARGEST_NUMBER_OF_TERMS} terms to tol={tol:.1e}, each of them a convolution. Found more: a "
-                "smaller generator, or a smaller learning rate, takes fewer"
+                f"{LARGEST_NUMBER_OF_TERMS} terms to tol={tol:.1e}, each a convolution. Found more: "
+                "a smaller generator, or a smaller learning rate, takes fewer"
             )
         return cls(level, len(coefficients) - 1, coefficients)
 

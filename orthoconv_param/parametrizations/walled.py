@@ -1,10 +1,11 @@
 r"""`WalledGenerator`: the weight of a convolution whose skew part is exponentiated between walls.
 
-Between walls ``exp(T)``, with ``T`` the zero-padded convolution with the weight's skew part, is no convolution.
-So there is no kernel: the weight is the generator, in space.
+Between walls ``exp(T)``, with ``T`` the zero-padded convolution with the weight's skew part, is no
+convolution. So there is no kernel: the weight is the generator, in space.
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .registered import Registered
 
 
 class Norm:
-    """Follows the norm of a generator: of what norm it is taken to be at most, and how many terms that takes.
+    """Follows the norm of a generator: what it is at most, and how many terms that takes.
 
     Args:
         geometry: of the generator.
@@ -173,8 +174,8 @@ class WalledGenerator(Registered):
         if not self.has_base:
             return pack(at_least_single(W)).to(W.dtype), {}
         layout = Layout.of(self._placed, self._placed.placement)
-        centre = tuple(k // 2 for k in layout.taps)
-        coin = polar_frame(coarse_kernel(at_least_single(W), layout.numbers)[(..., *centre)])
+        kernel = coarse_kernel(at_least_single(W), layout.numbers)
+        coin = polar_frame(kernel.flatten(3)[..., prod(layout.taps) // 2])  # of the tap in the middle
         reals = torch.view_as_real(coin).flatten(2) if coin.is_complex() else coin
         return torch.zeros_like(W), {"base": reals}
 
@@ -214,8 +215,8 @@ class WalledGenerator(Registered):
 
         Args:
             distribution: ``"identity"``, or near it.
-            init_: fills the generator's taps in place, whose size is the distance to the identity, or to the
-                base. Default: zero.
+            init_: fills the generator's taps in place, whose size is the distance to the identity, or to
+                the base. Default: zero.
 
         Raises:
             RuntimeError: before registration.
@@ -258,4 +259,3 @@ class WalledGenerator(Registered):
         if moved and self.norm.degree is not None and self._reference is not None:
             tol, level = default_tolerance(self._reference.dtype), self.norm.degree.level
             self.norm.degree = Degree.of_series(self.triv, tol, level)
-

@@ -18,9 +18,11 @@ def split_phases(x: Tensor, stride: list[int]) -> Tensor:
         coarse.append(x.size(axis + 2) // stride[axis])
         sizes.extend([coarse[axis], stride[axis]])
         channels *= stride[axis]
+    result = [x.size(0), channels]
+    result.extend(coarse)
     order.extend([3 + 2 * axis for axis in range(axes)])
     order.extend([2 + 2 * axis for axis in range(axes)])
-    return x.reshape(sizes).permute(order).reshape([x.size(0), channels] + coarse)
+    return x.reshape(sizes).permute(order).reshape(result)
 
 
 def join_phases(x: Tensor, stride: list[int]) -> Tensor:
