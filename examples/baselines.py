@@ -1,15 +1,16 @@
 """What people use today, as cells that `convrnn.Recurrent` takes: ConvLSTM, ConvGRU, plain ConvRNN, expRNN.
 
-Convolutions are three wide and periodic as in `convrnn.py`; ``groups`` are independent networks, side by
-side.
+Convolutions are three wide, and periodic or zero-padded, as `convrnn.convolution` makes them for a
+``boundary``; ``groups`` are independent networks, side by side.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import geotorch
 import torch
-from convrnn import Cell, ModReLU, convolution
+from convrnn import Boundary, Cell, ModReLU, convolution
 from torch import Tensor, nn
 
 from orthoconv_param import expm_skew
@@ -18,11 +19,14 @@ from orthoconv_param import expm_skew
 class _Gated(Cell):
     """A cell with a convolution of input and one of state, of ``gates`` outputs for each channel."""
 
-    def __init__(self, inputs: int, channels: int, gates: int, axes: int, groups: int) -> None:
+    def __init__(
+        self, inputs: int, channels: int, gates: int, axes: int, groups: int, boundary: Boundary
+    ) -> None:
         super().__init__(channels)
         self.gates, self.groups = gates, groups
-        self.input = convolution(axes, inputs, gates * channels, bias=False, groups=groups)
-        self.recurrence = convolution(axes, channels, gates * channels, groups=groups)
+        make = partial(convolution, axes, groups=groups, boundary=boundary)
+        self.input = make(inputs, gates * channels, bias=False)
+        self.recurrence = make(channels, gates * channels)
 
     def arguments(self, x: Tensor | None, h: Tensor) -> list[Tensor]:
         """Return the arguments of the gates' functions, gate by gate.
@@ -42,9 +46,16 @@ class PlainConvRNNCell(_Gated):
     """
 
     def __init__(
-        self, inputs: int, channels: int, *, axes: int = 2, groups: int = 1, identity: bool = False
+        self,
+        inputs: int,
+        channels: int,
+        *,
+        axes: int = 2,
+        groups: int = 1,
+        boundary: Boundary = "circular",
+        identity: bool = False,
     ) -> None:
-        super().__init__(inputs, channels, 1, axes, groups)
+        super().__init__(inputs, channels, 1, axes, groups, boundary)
         self.identity = identity
         if identity:
             nn.init.dirac_(self.recurrence.weight, groups)
@@ -70,9 +81,16 @@ class ConvLSTMCell(_Gated):
     memories = 2
 
     def __init__(
-        self, inputs: int, channels: int, *, axes: int = 2, groups: int = 1, delay: int | None = None
+        self,
+        inputs: int,
+        channels: int,
+        *,
+        axes: int = 2,
+        groups: int = 1,
+        boundary: Boundary = "circular",
+        delay: int | None = None,
     ) -> None:
-        super().__init__(inputs, channels, 4, axes, groups)
+        super().__init__(inputs, channels, 4, axes, groups, boundary)
         write, keep, _, _ = self.recurrence.get_parameter("bias").data.view(groups, 4, -1).unbind(1)
         keep.fill_(1)
         if delay is not None:
@@ -90,9 +108,17 @@ class ConvLSTMCell(_Gated):
 class ConvGRUCell(_Gated):
     """ConvGRU (Ballas et al., arXiv:1511.06432)."""
 
-    def __init__(self, inputs: int, channels: int, *, axes: int = 2, groups: int = 1) -> None:
-        super().__init__(inputs, channels, 2, axes, groups)
-        self.candidate = PlainConvRNNCell(inputs, channels, axes=axes, groups=groups)
+    def __init__(
+        self,
+        inputs: int,
+        channels: int,
+        *,
+        axes: int = 2,
+        groups: int = 1,
+        boundary: Boundary = "circular",
+    ) -> None:
+        super().__init__(inputs, channels, 2, axes, groups, boundary)
+        self.candidate = PlainConvRNNCell(inputs, channels, axes=axes, groups=groups, boundary=boundary)
 
     def forward(self, x: Tensor | None, h: Tensor) -> Tensor:
         """Return the next state."""

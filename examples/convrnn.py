@@ -1,12 +1,12 @@
 """The network of the paper: a convolutional recurrent net whose state neither explodes nor decays.
 
-On a periodic lattice of 1 to 3 dimensions (M. O. Magnasco, arXiv:2302.07396):
+On a lattice of 1 to 3 dimensions, which is periodic (M. O. Magnasco, arXiv:2302.07396) or ends at walls:
 
     h(t+1) = phi(U * h(t) + V * x(t))
 
 `U` is an orthogonal convolution if the state is real, a unitary one if it is complex:
-`orthogonal(nn.Conv2d(...))`, and nothing else. `phi` acts on each number of the state, and keeps its phase
-(of a real one, its sign).
+`orthogonal(nn.Conv2d(...), boundary=...)`, and nothing else. `phi` acts on each number of the state, and
+keeps its phase (of a real one, its sign).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,8 @@ from torch.nn.utils import parametrize
 from orthoconv_param import generators, orthogonal
 
 Method = Literal["exponential", "split"]  # of `orthogonal`
+Boundary = Literal["circular", "walls"]  # of `orthogonal`
+PADDING: dict[Boundary, Literal["circular", "zeros"]] = {"circular": "circular", "walls": "zeros"}
 
 
 def convolution(
@@ -30,12 +32,12 @@ def convolution(
     bias: bool = True,
     groups: int = 1,
     dtype: torch.dtype | None = None,
+    boundary: Boundary = "circular",
 ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """Return a periodic convolution, three taps wide."""
+    """Return an ordinary convolution, three taps wide: periodic, or between walls zero-padded."""
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
-    return kind(
-        inputs, outputs, 3, padding=1, padding_mode="circular", bias=bias, groups=groups, dtype=dtype
-    )
+    mode = PADDING[boundary]
+    return kind(inputs, outputs, 3, padding=1, padding_mode=mode, bias=bias, groups=groups, dtype=dtype)
 
 
 class ModReLU(nn.Module):
@@ -93,7 +95,7 @@ class Cell(nn.Module):
 
 
 class ConvRNNCell(Cell):
-    """The cell ``h(t+1) = phi(U * h(t) + V * x(t))``, on periodic images of every size.
+    """The cell ``h(t+1) = phi(U * h(t) + V * x(t))``, on images of every size.
 
     Args:
         inputs: channels of `x`.
@@ -107,6 +109,7 @@ class ConvRNNCell(Cell):
             makes of torch's own values for a convolution.
         groups: of the channels: that many independent networks, side by side.
         method: of `orthogonal`.
+        boundary: of the images. Between walls `U` is orthogonal on the image itself, `V` is zero-padded.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class ConvRNNCell(Cell):
         spread: float | None = None,
         groups: int = 1,
         method: Method = "exponential",
+        boundary: Boundary = "circular",
     ) -> None:
         super().__init__(channels)
         dtype = dtype or torch.get_default_dtype()
@@ -131,11 +135,12 @@ class ConvRNNCell(Cell):
         }
         if phi not in kinds:
             raise ValueError(f"phi should be one of {list(kinds)}. Found {phi!r}")
-        recurrence = convolution(axes, channels, channels, bias=bias, groups=groups, dtype=dtype)
-        self.input = convolution(axes, inputs, channels, bias=False, groups=groups, dtype=dtype)
+        make = partial(convolution, axes, groups=groups, dtype=dtype, boundary=boundary)
+        recurrence = make(channels, channels, bias=bias)
+        self.input = make(inputs, channels, bias=False)
         if spread is not None:
             nn.init.normal_(recurrence.weight, std=spread)
-        self.recurrence = orthogonal(recurrence, method=method)
+        self.recurrence = orthogonal(recurrence, method=method, boundary=boundary)
         if spread is not None and method == "split":  # whose generator is not the weight
             split: Any = self.get_submodule("recurrence.parametrizations.weight.0")
             recurrence.weight = split.sample("identity", partial(nn.init.normal_, std=spread))

@@ -33,11 +33,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def add_method(options: argparse.ArgumentParser) -> None:
+def add_method(
+    options: argparse.ArgumentParser, default: Method | None = "exponential", note: str = ""
+) -> None:
     """Add the option ``--method`` of experiments whose orthogonal networks may have either."""
-    methods = get_args(Method)
-    text = "of the orthogonal and unitary convolutions; split ones have fewer parameters"
-    options.add_argument("--method", choices=methods, default=methods[0], help=text)
+    text = f"of the orthogonal and unitary convolutions; split ones have fewer parameters{note}"
+    options.add_argument("--method", choices=get_args(Method), default=default, help=text)
 
 
 def positive(text: str) -> int:
@@ -77,6 +78,13 @@ def spread(values: Sequence[float], digits: int) -> str:
     """Return the mean and the standard deviation, as text."""
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def ratio(value: float, floor: float) -> str:
+    """Return a ratio as text. Below the floor, where the computation ends, it says that alone."""
+    if value < floor:
+        return f"< {floor:.0e}"
+    return f"{value:.4f}" if 0.01 < value < 100 else f"{value:.0e}"
 
 
 def digits() -> tuple[Tensor, Tensor]:

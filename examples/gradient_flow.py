@@ -22,12 +22,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from convrnn import Recurrent
-from experiment import TRAINING_DIGITS, digits, parse, parser, population, positive, run, save, table
+from experiment import (
+    TRAINING_DIGITS,
+    digits,
+    parse,
+    parser,
+    population,
+    positive,
+    ratio,
+    run,
+    save,
+    table,
+)
 from long_memory import STEPS, frames, train
 from long_memory import networks as networks_of_recall
 from torch import Tensor
 
 RATE = 1e-2
+FLOOR = 1e-300  # of norms, near where double precision ends
 IMAGES = 16  # over which the error is taken
 
 
@@ -77,7 +89,7 @@ def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axes, is_trained in zip(panels, (False, True), strict=True):
         for name, norms in results.items():
-            logarithms = norms[is_trained].clamp_min(1e-300).log10()
+            logarithms = norms[is_trained].clamp_min(FLOOR).log10()
             steps = range(logarithms.shape[1])
             middle = axes.plot(steps, 10 ** logarithms.mean(0), label=name)[0]
             low, high = 10 ** logarithms.amin(0), 10 ** logarithms.amax(0)
@@ -115,9 +127,7 @@ def main() -> None:
     draw(norms, arguments.out / "gradient_flow.png")
 
     def ratios(values: Tensor) -> str:
-        return ", ".join(
-            f"{ratio:.4f}" if 0.01 < ratio < 100 else f"{ratio:.0e}" for ratio in values[:, 0].tolist()
-        )
+        return ", ".join(ratio(value, FLOOR) for value in values[:, 0].tolist())
 
     cells = [[name, ratios(norms[name][False]), ratios(norms[name][True])] for name in names]
     print(table(["network", "untrained", "trained"], cells))

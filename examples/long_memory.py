@@ -4,26 +4,29 @@ Real scanned digits (scikit-learn's, 8x8, values in [0, 1]) are shown to recurre
 many parameters each, which then see nothing, or noise, for T steps. All are trained by Adam on the
 squared error, for equally many steps, with each learning rate of the grid and each seed; reported is the
 error on digits that they were not trained on, with the rate whose loss in the last tenth of training is
-the least.
+the least. Images are periodic, or with ``--boundary walls`` they end: the orthogonal networks then lose
+nothing at their edges, and all other convolutions are zero-padded.
 
     python examples/long_memory.py --out DIR
 
 writes recall.csv (a row for each network, delay, rate and seed) and recall.png, and prints a table: mean
-and standard deviation over the seeds.
+and standard deviation over the seeds. It also writes leak.csv and leak.png, and prints a table: how much of
+a state is left after up to 1000 steps of operators with each boundary (`leak.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import leak
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from baselines import ConvGRUCell, ConvLSTMCell, PlainConvRNNCell
-from convrnn import Cell, ConvRNNCell, Method, Recurrent, convolution
+from convrnn import Boundary, Cell, ConvRNNCell, Method, Recurrent, convolution
 from experiment import (
     TRAINING_DIGITS,
     add_method,
@@ -49,34 +52,65 @@ RATES = (3e-3, 1e-2, 3e-2)
 STEPS = {100: 60, 500: 30, 1000: 20}  # of Adam, for each delay
 BATCH = 8
 SPREAD = 1e-3  # of the generators' initial values: U is near the identity
+METHODS: dict[Boundary, tuple[Method, ...]] = {
+    "circular": ("exponential",),
+    "walls": ("exponential", "split"),
+}
+IMAGES: dict[Boundary, str] = {"circular": "periodic images", "walls": "images between walls"}
+COLOURS = {
+    "orthogonal ConvRNN": leak.CIRCULAR,
+    "orthogonal ConvRNN, exponential": leak.WALLS,
+    "orthogonal ConvRNN, split": leak.WALLS_SPLIT,
+    "unitary ConvRNN": "C1",
+    "unitary ConvRNN, exponential": "C1",
+    "unitary ConvRNN, split": "goldenrod",
+    "ConvLSTM": "C2",
+    "ConvLSTM (chrono)": "C3",
+    "ConvGRU": "C4",
+    "plain ConvRNN": leak.PLAIN,
+    "plain ConvRNN (identity)": "C6",
+}
 
 
-def _network(cell: Callable[..., Cell], channels: int, groups: int, **options: Any) -> Recurrent:
+def _network(
+    cell: Callable[..., Cell], channels: int, groups: int, *, boundary: Boundary, **options: Any
+) -> Recurrent:
     """Return a network with ``channels`` for each group."""
     channels *= groups
-    read = convolution(2, channels, groups, groups=groups, dtype=options.get("dtype"))
-    return Recurrent(cell(groups, channels, groups=groups, **options), read)
+    read = convolution(2, channels, groups, groups=groups, dtype=options.get("dtype"), boundary=boundary)
+    return Recurrent(cell(groups, channels, groups=groups, boundary=boundary, **options), read)
 
 
 def networks(
-    delay: int, phi: str = "modrelu", method: Method = "exponential"
+    delay: int,
+    phi: str = "modrelu",
+    methods: Sequence[Method] = METHODS["circular"],
+    boundary: Boundary = "circular",
 ) -> dict[str, Callable[[int], Recurrent]]:
     """Return for each network a function that makes it, given the number of groups.
 
-    All have about as many parameters, but ours have fewer if their kernels are split. The second ConvLSTM
-    starts with biases that fit the delay. The second plain ConvRNN starts from the identity, as ours nearly
-    do.
+    All have about as many parameters, but ours have fewer if their kernels are split. Ours come once for
+    each method, which their names tell if there are several. The second ConvLSTM starts with biases that
+    fit the delay. The second plain ConvRNN starts from the identity, as ours nearly do.
     """
+    network = partial(_network, boundary=boundary)
+    ours = {
+        f", {method}" if len(methods) > 1 else "": partial(
+            network, ConvRNNCell, spread=SPREAD, phi=phi, method=method
+        )
+        for method in methods
+    }
     complex_dtype = torch.get_default_dtype().to_complex()
-    ours = partial(_network, ConvRNNCell, spread=SPREAD, phi=phi, method=method)
     return {
-        "orthogonal ConvRNN": partial(ours, 12),
-        "unitary ConvRNN": partial(ours, 8, dtype=complex_dtype),
-        "ConvLSTM": partial(_network, ConvLSTMCell, 6),
-        "ConvLSTM (chrono)": partial(_network, ConvLSTMCell, 6, delay=delay),
-        "ConvGRU": partial(_network, ConvGRUCell, 7),
-        "plain ConvRNN": partial(_network, PlainConvRNNCell, 12),
-        "plain ConvRNN (identity)": partial(_network, PlainConvRNNCell, 12, identity=True),
+        **{f"orthogonal ConvRNN{which}": partial(make, 12) for which, make in ours.items()},
+        **{
+            f"unitary ConvRNN{which}": partial(make, 8, dtype=complex_dtype) for which, make in ours.items()
+        },
+        "ConvLSTM": partial(network, ConvLSTMCell, 6),
+        "ConvLSTM (chrono)": partial(network, ConvLSTMCell, 6, delay=delay),
+        "ConvGRU": partial(network, ConvGRUCell, 7),
+        "plain ConvRNN": partial(network, PlainConvRNNCell, 12),
+        "plain ConvRNN (identity)": partial(network, PlainConvRNNCell, 12, identity=True),
     }
 
 
@@ -127,10 +161,11 @@ def experiment(
     steps: int,
     batch: int,
     noise: float,
-    method: Method,
+    methods: Sequence[Method],
+    boundary: Boundary,
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Return the rows of the CSV file, and some digits as the first seed's network gives them back."""
-    make = networks(delay, method=method)[name]
+    make = networks(delay, methods=methods, boundary=boundary)[name]
     network, losses = train(make, delay, seeds, rates, steps, batch, noise)
     last = losses[-max(1, steps // 10) :].mean(0)
     network, best = best_members(make, network, rates, last)
@@ -140,12 +175,14 @@ def experiment(
         recalled = network(frames(shown, delay, noise, torch.Generator().manual_seed(0)))
     errors = (recalled - shown).square().mean((0, 2, 3))
     same = {"network": name, "parameters": size_of(network) // len(seeds), "delay": delay}
-    same |= {"noise": noise, "steps": steps}
+    same |= {"boundary": boundary, "noise": noise, "steps": steps}
     rows = rows_of(seeds, rates, best, ("training_loss", last), ("test_error", errors), **same)
     return rows, recalled[:8, 0]
 
 
-def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], path: Path) -> None:
+def draw(
+    rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], boundary: Boundary, path: Path
+) -> None:
     """Draw the errors over the delay, and the digits that are recalled after the longest."""
     names = list(dict.fromkeys(name for name, _ in recalled))
     delays = sorted({delay for _, delay in recalled})
@@ -160,12 +197,13 @@ def draw(rows: list[dict[str, Any]], recalled: dict[tuple[str, int], Tensor], pa
     for name, label in zip(names, right.get_yticklabels()[1:], strict=True):  # the legend of both
         errors = [results_of(rows, "test_error", network=name, delay=delay) for delay in delays]
         middle, deviation = zip(*(mean_and_deviation(e) for e in errors), strict=True)
-        line = left.errorbar(delays, middle, deviation, marker="o", capsize=3)
-        label.set_color(line.lines[0].get_color())
+        left.errorbar(delays, middle, deviation, marker="o", capsize=3, color=COLOURS[name])
+        label.set_color(COLOURS[name])
     mean = (shown - images[:TRAINING_DIGITS].mean()).square().mean().item()
     left.axhline(mean, color="gray", linestyle=":")
     left.annotate("the mean of all pixels", (delays[0], 1.1 * mean), color="gray", fontsize=8)
     left.set(xlabel="blank or noisy frames", ylabel="mean squared error", xscale="log", yscale="log")
+    left.set_title(IMAGES[boundary])
     left.set_xticks(delays, [str(delay) for delay in delays])
     left.minorticks_off()
     figure.savefig(path, dpi=80)
@@ -183,19 +221,24 @@ def main() -> None:
     options.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation in the frames that follow"
     )
-    add_method(options)
+    options.add_argument("--boundary", choices=get_args(Boundary), default="circular", help="of the images")
+    add_method(options, None, "; by default exponential, between walls both")
     arguments = parse(options, delays=[10, 20], seeds=[0, 1], rates=[1e-2, 3e-2], steps=20)
 
-    kinds = [(name, delay) for delay in sorted(arguments.delays, reverse=True) for name in networks(delay)]
+    boundary: Boundary = arguments.boundary
+    methods = (arguments.method,) if arguments.method else METHODS[boundary]
+    names = list(networks(0, methods=methods, boundary=boundary))
+    kinds = [(name, delay) for delay in sorted(arguments.delays, reverse=True) for name in names]
     seeds, rates = arguments.seeds, list(arguments.rates)
     steps = {delay: arguments.steps or STEPS.get(delay, 20) for delay in arguments.delays}
-    settings = (arguments.batch, arguments.noise, arguments.method)
+    settings = (arguments.batch, arguments.noise, methods, boundary)
     jobs = [(*kind, seeds, rates, steps[kind[1]], *settings) for kind in kinds]
     total = sum(delay * steps[delay] for _, delay in kinds) * len(seeds) * len(rates)
     results = run(experiment, jobs, total, "all networks", arguments.workers)
     rows = [row for some, _ in results for row in some]
     save(arguments.out / "recall.csv", rows)
-    draw(rows, {kind: r for kind, (_, r) in zip(kinds, results, strict=True)}, arguments.out / "recall.png")
+    recalled = {kind: images for kind, (_, images) in zip(kinds, results, strict=True)}
+    draw(rows, recalled, boundary, arguments.out / "recall.png")
 
     parameters = {row["network"]: str(row["parameters"]) for row in rows}
     delays = sorted(arguments.delays)
@@ -208,7 +251,8 @@ def main() -> None:
         for name, count in parameters.items()
     ]
     print(table(["network", "parameters", *(f"T = {delay}" for delay in delays)], cells))
-    print(f"recall.csv and recall.png are in {arguments.out}")
+    print(leak.write(seeds, arguments.out))
+    print(f"recall.csv, recall.png, leak.csv and leak.png are in {arguments.out}")
 
 
 if __name__ == "__main__":

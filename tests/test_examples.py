@@ -8,6 +8,7 @@ import convrnn
 import critical_response
 import experiment
 import gradient_flow
+import leak
 import long_memory
 import plots
 import pytest
@@ -121,11 +122,15 @@ CELLS = {
     "chrono": partial(ConvLSTMCell, delay=50),
     "GRU": ConvGRUCell,
     "identity": partial(PlainConvRNNCell, identity=True),
+    "walls": partial(ConvRNNCell, boundary="walls"),
+    "walls, split": partial(ConvRNNCell, boundary="walls", method="split"),
+    "walls, unitary": partial(ConvRNNCell, boundary="walls", dtype=torch.complex64),
+    "walls, GRU": partial(ConvGRUCell, boundary="walls"),
 }
 
 
 def made_of(cell, groups):
-    dtype = torch.complex64 if cell == "unitary" else None
+    dtype = torch.complex64 if "unitary" in cell else None
     read = convolution(2, 3 * groups, groups, groups=groups, dtype=dtype)
     return Recurrent(CELLS[cell](groups, 3 * groups, groups=groups), read)
 
@@ -147,7 +152,7 @@ def test_a_population_is_its_members_side_by_side(cell):
         torch.testing.assert_close(both[:, n : n + 1], one(own))
 
 
-@pytest.mark.parametrize("cell", ["orthogonal", "unitary", "split", "LSTM"])
+@pytest.mark.parametrize("cell", ["orthogonal", "unitary", "split", "LSTM", "walls"])
 def test_members_are_trained_as_they_would_be_alone(cell):
     make = partial(made_of, cell)
     x = torch.randn(4, 1, 4, 4)
@@ -256,6 +261,7 @@ def test_exp_rnn_is_orthogonal():
 def test_all_networks_have_about_as_many_parameters():
     for networks in (
         long_memory.networks(100),
+        long_memory.networks(100, boundary="walls"),
         row_digits.networks("rows"),
         row_digits.networks("permuted pixels"),
     ):
@@ -324,6 +330,74 @@ def test_split_networks_start_near_the_identity_and_are_trained_slowly():
     assert 0 < (cell.recurrence(x) - x).norm() < 0.02 * x.norm()
     assert defect(operator(cell.recurrence, (5, 4))) < 1e-5
     assert cell.recurrent_parameters()[0] is cell.recurrence.parametrizations.weight.original
+
+
+@pytest.mark.parametrize("method", ["exponential", "split"])
+def test_between_walls_networks_start_near_the_identity_and_lose_nothing(method):
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 8, 8)
+    cell = ConvRNNCell(2, 12, spread=1e-3, groups=2, method=method, boundary="walls")
+    assert 0 < (cell.recurrence(x) - x).norm() < 0.02 * x.norm()
+    assert defect(operator(cell.recurrence, (5, 4))) < 1e-5
+
+
+def test_between_walls_no_network_is_periodic():
+    networks = long_memory.networks(3, methods=["exponential", "split"], boundary="walls")
+    assert len(networks) == 9
+    for make in networks.values():
+        torch.manual_seed(0)
+        network = make(1)
+        x = torch.zeros(1, 1, 7, 8)
+        x[..., 0] = 1  # one wall is reached from the other only around a torus
+        states = []
+        network([x, None], states)
+        reached, blank = states[0], network.cell.start(1, (7, 8))
+        assert not torch.equal(reached[..., :2], network.cell(torch.zeros_like(x), blank)[..., :2])
+        torch.testing.assert_close(reached[..., -2:], network.cell(torch.zeros_like(x), blank)[..., -2:])
+        assert all(m.padding_mode != "circular" for m in network.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_recall_between_walls_runs_with_a_small_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(long_memory, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
+    monkeypatch.setattr("sys.argv", ["name", "--boundary", "walls", *SMALLEST[long_memory]])
+    monkeypatch.chdir(tmp_path)
+    long_memory.main()
+    printed = capsys.readouterr().out
+    with (tmp_path / "recall.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["boundary"] for row in rows} == {"walls"}
+    for network in ("orthogonal", "unitary"):
+        for method in ("exponential", "split"):
+            assert f"{network} ConvRNN, {method} |" in printed
+    assert '| zeros, exponential, domain="any" |' in printed
+    with (tmp_path / "leak.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1000 * len(leak.OPERATORS)
+    for name in ("recall", "leak"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("operator", leak.OPERATORS)
+def test_zeros_lose_a_state_and_walls_do_not(operator):
+    left = leak.norms(operator, seed=0)
+    assert left.shape == (1000,)
+    if operator.startswith(("walls", "circular")):
+        assert (left - 1).abs().max() < 1e-3
+        return
+    assert (left[1:] <= left[:-1]).all()
+    steps, most = {
+        "zeros, exponential, domain=16": (100, 0.2),
+        "plain zero-padded convolution": (10, 0.1),
+    }.get(operator, (1000, 0.2))
+    assert left[steps - 1] < most
+
+
+def test_ratios_as_text():
+    assert [experiment.ratio(x, 1e-38) for x in (0.25, 1.0, 2e-4, 0.0)] == [
+        "0.2500",
+        "1.0000",
+        "2e-04",
+        "< 1e-38",
+    ]
 
 
 SMALLEST = {
