@@ -105,7 +105,10 @@ def reached_twice(mode):
     return _Twice(mode)
 
 
-KINDS = ["own grid", "any", "domain", "zeros", "retrofitted", "split", "split circular", "walls"]
+KINDS = [
+    "own grid", "any", "domain", "zeros", "retrofitted", "split", "split circular", "walls",
+    "walls, exponential",
+]  # fmt: skip
 
 
 def network(kind, dtype=torch.float32):
@@ -122,6 +125,8 @@ def network(kind, dtype=torch.float32):
     if kind in ("own grid", "split"):
         plain = ConvExponential() if kind == "own grid" else SplitExponential()
         parametrize.register_parametrization(conv, "weight", plain)
+    elif kind == "walls, exponential":
+        orthogonal(conv, boundary="walls")
     elif kind in ("split circular", "walls"):
         orthogonal(conv, method="split", boundary="walls" if kind == "walls" else "circular")
     else:

@@ -37,6 +37,8 @@ def module(kind, channels=20):
     if kind == "split":
         parametrize.register_parametrization(conv, "weight", SplitExponential())
         return conv
+    if kind == "walls, exponential":
+        return orthogonal(conv, boundary="walls")
     if kind in ("split circular", "walls"):
         return orthogonal(conv, method="split", boundary=kind.removeprefix("split "))
     if kind == "zeros":
@@ -45,7 +47,9 @@ def module(kind, channels=20):
     return orthogonal(conv, domain="any" if kind == "any" else 16)
 
 
-KINDS = ["own grid", "any", "domain", "zeros", "split", "split circular", "walls"]
+KINDS = [
+    "own grid", "any", "domain", "zeros", "split", "split circular", "walls", "walls, exponential",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -739,8 +739,10 @@ def test_large_batches_are_contiguous(domain):
 # Within `parametrize.cached()`
 
 # (Where torch evaluates the module, torch caches its weight, whatever made it.)
-CACHED = ["any", "domain", "zeros", "transposed", "blocks", "annealed", "ended", "split", "walls"]
-ONE_WAY = ["split", "walls"]
+CACHED = [
+    "any", "domain", "zeros", "transposed", "blocks", "annealed", "ended", "split", "walls", "exponential",
+]  # fmt: skip
+ONE_WAY = ["split", "walls", "exponential"]
 
 
 def cached_one(kind):
@@ -754,6 +756,8 @@ def cached_one(kind):
         blocks = {"0": [(slice(2), slice(2)), (slice(2, 4), slice(1, 3))]} if kind == "blocks" else None
         model = retrofit(nn.Sequential(conv), x, blocks=blocks)
         set_orthogonality(model, 1.0 if kind == "ended" else 0.5, final=kind == "ended")
+    elif kind == "exponential":
+        orthogonal(conv, boundary="walls")
     elif kind in ("split", "walls"):
         orthogonal(conv, method="split", boundary="walls" if kind == "walls" else "circular")
     else:

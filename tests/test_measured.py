@@ -27,6 +27,7 @@ KINDS = {  # options of `orthogonal`; "size" is that of the images
     "split circular": {"method": "split"},
     "split zeros": {"method": "split", "boundary": "zeros"},
     "split walls": {"method": "split", "boundary": "walls"},
+    "walls": {"boundary": "walls"},
 }
 COMPACT = ("circular", "zeros")  # kernels that hold the exponential on every domain
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -72,8 +72,10 @@ class Series:
         norm = -generator.norm if transposed else generator.norm
         B = [b / norm for b in skew_kernel(generator.kernel, layout.numbers)]
         surround: Size = ()
+        reduced = operator.reduced  # around a torus, no other evaluator takes less than single precision
         padding, dilation = layout.padding, layout.dilation
         if not action.boundary.has_walls:
+            reduced = None
             dilation = tuple(a * r for a, r in zip(dilation, action.dilation, strict=True))
             grid = action.geometry.coarse(domain)
             if any(r * (k - 1) >= n for k, r, n in zip(layout.taps, dilation, grid, strict=True)):
@@ -83,7 +85,7 @@ class Series:
             sides = zip(placement.origin[::-1], placement.after(taps)[::-1], strict=True)
             padding, surround = (0,) * len(grid), tuple(n for side in sides for n in side)
         return Prepared(
-            generator, layout, tuple(B), padding, surround, dilation, transposed, operator.reduced
+            generator, layout, tuple(B), padding, surround, dilation, transposed, reduced
         )  # fmt: skip
 
     def apply(self, state: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
