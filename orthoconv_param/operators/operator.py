@@ -85,8 +85,11 @@ class Operator:
         lattice = self.geometry.lattice(domain)
         rows, columns = lattice.blocks(self.geometry.size)
         matrices = self.geometry.groups * min(effort[0], lattice.frequencies)
-        each = 0.15 if self.wraps(domain) else 0.4  # in double precision, where it is truncated
-        return 8e5 + each * matrices * max(rows, columns) ** 2 * min(rows, columns)
+        k, m = min(rows, columns), max(rows, columns)
+        each = 0.4 if k == m else 0.6
+        if self.wraps(domain):  # where it is truncated, it takes double precision
+            each = 0.15
+        return 8e5 + each * matrices * m * m * k
 
     def spectrum(self, domain: Size) -> tuple[Lattice, Tensor]:
         """Return its matrices on the torus on which it is computed for images on a domain."""

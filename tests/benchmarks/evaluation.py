@@ -1,14 +1,17 @@
-"""How long an orthogonal convolution takes, through the Fourier transform and directly, and what is chosen.
+"""How long an orthogonal convolution takes in each way to evaluate it, and what is chosen.
 
-For each geometry the two, and the plain periodic convolution that it was, run in turn; printed are the
-medians in milliseconds of one forward, the kernel's own transform included and the exponential excluded,
-the cost model's estimates, and its choice. A second table is of one step of a loop, whose exponential
-and transform of the kernel are shared by its steps: forward and backward, against a plain 3x3 convolution.
-Run it as ``python tests/benchmarks/evaluation.py``.
+For each geometry the ways, and the plain periodic convolution that it was, run in turn; printed are the
+medians in milliseconds of one forward, the exponential and the kernel's own transform included, the cost
+model's estimates, and its choice. With ``--cached`` the exponential is excluded, as in the steps of a loop.
+With ``--backward`` it is one forward and backward. A second table is of one step of a loop, whose
+exponential and transform of the kernel are shared by its steps: forward and backward, against a plain 3x3
+convolution. Run it as ``python tests/benchmarks/evaluation.py``.
 """
 
+import argparse
 import statistics
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -17,6 +20,8 @@ from torch.nn.utils import parametrize
 from orthoconv_param import orthogonal
 from orthoconv_param.operators.evaluate import EVALUATORS, choose
 from orthoconv_param.torus.circular import spectral_conv
+
+WAYS = [way for way in EVALUATORS if way.name != "chained"]  # of operators around a torus
 
 GEOMETRIES = [  # axes, channels, kernel, groups, stride, side, batch
     (1, 16, 3, 1, 1, 64, 16),
@@ -34,6 +39,10 @@ GEOMETRIES = [  # axes, channels, kernel, groups, stride, side, batch
     (2, 64, 1, 1, 1, 32, 32),
     (2, 32, 2, 1, 2, 32, 16),
     (2, 16, 3, 1, 2, 32, 16),
+    (2, 64, 3, 1, 2, 32, 8),
+    (2, 64, 3, 1, 1, 32, 1),
+    (2, 64, 3, 1, 1, 32, 8),
+    (2, 128, 3, 1, 1, 16, 4),
     (2, 128, 3, 1, 1, 16, 32),
     (2, 32, 3, 1, 1, 64, 16),
     (2, 8, 3, 1, 1, 128, 1),
@@ -76,19 +85,11 @@ def steps():
         print(f"{row:<24}{times[0]:>9.2f}{times[1]:>10.2f}{times[1] / times[0]:>8.2f}", flush=True)
 
 
-@torch.no_grad()
-def evaluations():
+def evaluations(cached, backward):
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
-    header = (
-        "axes ch k groups stride side batch",
-        "K",
-        "plain",
-        "direct",
-        "spectral",
-        "estimates",
-        "choice",
-    )
-    print("{:<36}{:>4}{:>9}{:>9}{:>10}{:>18}  {}".format(*header))
+    names = [way.name for way in WAYS]
+    titles = "".join(f"{name:>10}" for name in ["plain", *names, *(f"~{name}" for name in names)])
+    print("{:<36}{:>4}{}  {}".format("axes ch k groups stride side batch", "K", titles, "choice"))
     torch.manual_seed(0)
     for axes, channels, kernel, groups, stride, side, batch in GEOMETRIES:
         cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
@@ -96,24 +97,42 @@ def evaluations():
         plain = cls(channels, channels, kernel, stride=stride, groups=groups, **pad)
         module = orthogonal(cls(channels, channels, kernel, stride=stride, groups=groups, **pad))
         domain = (side,) * axes
-        x = torch.randn(batch, channels, *domain)
+        x = torch.randn(batch, channels, *domain).requires_grad_(backward)
         taps = tuple(module.weight.shape[2:])
         operator = module.operator
 
-        def evaluation(way, operator=operator, x=x, domain=domain):
-            return lambda: way.apply(way.prepare(operator, domain), x)
+        def timed(function, parameters):
+            def run():
+                y = function()
+                if backward:
+                    torch.autograd.grad(y.sum(), parameters)
 
-        estimates = [way.cost(operator, domain, batch) / 1e6 for way in EVALUATORS]
-        chosen = choose(operator, domain, batch)
-        with parametrize.cached():  # the exponential is not part of it
-            times = medians([lambda p=plain, x=x: p(x), *map(evaluation, EVALUATORS)])
-        right = chosen is EVALUATORS[times[1:].index(min(times[1:]))]
+            return run
+
+        functions = [timed(lambda p=plain, x=x: p(x), [x, *plain.parameters()])]
+        for way in WAYS:
+            functions.append(
+                timed(
+                    lambda way=way, operator=operator, x=x, domain=domain: way.apply(
+                        way.prepare(operator, domain), x
+                    ),
+                    [x, *module.parameters()],
+                )
+            )
+        with torch.set_grad_enabled(backward), parametrize.cached() if cached else nullcontext():
+            estimates = [way.cost(operator, domain, batch) / 1e6 for way in WAYS]
+            chosen = choose(operator, domain, batch)
+            times = medians(functions)
+        right = chosen is WAYS[times[1:].index(min(times[1:]))]
         choice = chosen.name + ("" if right else " (slower)")
         row = f"{axes:<5}{channels:<4}{kernel:<2}{groups:<7}{stride:<7}{side:<5}{batch:<6}"
-        print(f"{row:<36}{taps[0]:>4}{times[0]:>9.2f}{times[1]:>9.2f}{times[2]:>10.2f}", end="")
-        print(f"{estimates[0]:>9.2f}{estimates[1]:>9.2f}  {choice}", flush=True)
+        numbers = "".join(f"{value:>10.2f}" for value in [*times, *estimates])
+        print(f"{row:<36}{taps[0]:>4}{numbers}  {choice}", flush=True)
 
 
 if __name__ == "__main__":
-    evaluations()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--cached", action="store_true")
+    parser.add_argument("--backward", action="store_true")
+    evaluations(**vars(parser.parse_args()))
     steps()
