@@ -296,7 +296,7 @@ def test_a_given_domain_starts_at_the_nearest_orthogonal_operator(kernel, geomet
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.complex128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("where", ["any", (6, 8)])
 def test_zero_boundary_does_not_expand(where, transposed, dtype, stride):
