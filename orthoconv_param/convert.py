@@ -64,8 +64,8 @@ def orthogonal(
       taps than that. A 3x3 weight of ``m`` channels has ``4.5 m^2`` degrees of freedom. **Between walls**
       the operator is ``exp(T)``, with ``T`` the zero-padded convolution with the weight's skew part. It is
       no convolution, so there is no kernel: ``module.weight`` is the generator, in the weight's own shape,
-      and whatever is assigned to it gives an orthogonal operator. It is applied by its Chebyshev series,
-      one convolution for each term: 7 in single precision at torch's initial values.
+      and whatever is assigned to it, up to norms of 150, gives an orthogonal operator. It is applied by its
+      Chebyshev series, one convolution for each term: 7 in single precision at torch's initial values.
     - ``"split"``, by `SplitExponential`: a product of exponentials that end. The kernel keeps its ``k x k``
       taps, and costs little more than the plain one, but has about ``1.5 m^2`` degrees of freedom. A
       periodic module stays of torch's own class.
@@ -119,7 +119,8 @@ def orthogonal(
 
     With the exponential and ``"any"`` the kernel's size follows the generator's norm, as between walls the
     number of terms. Under ``torch.compile`` and ``vmap`` it cannot, and stays what the last ordinary call
-    made it: call the module once in a while outside of them during training, or the defect grows.
+    made it: call the module once in a while outside of them during training, or the defect grows, between
+    walls exponentially with the norm.
 
     Cost: that of the parametrization, and of the exponential, for each image of ``N`` points, the
     transforms of its channels and ``2 N`` real multiplications for each pair of channels; where a direct

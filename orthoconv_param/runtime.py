@@ -5,8 +5,8 @@ The mathematics elsewhere has no branch about these: it asks here.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, wraps
 from operator import is_
@@ -65,6 +65,19 @@ def is_transformed() -> bool:
     """Return True where something else than a backward pass may ask for derivatives."""
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return forward_mode or torch._C._are_functorch_transforms_active() or is_compiling()
+
+
+@contextmanager
+def untransformed() -> Iterator[None]:
+    """Compute with tensors that no transform, trace or gradient is to know of."""
+    private: Any = torch._C
+    state = private._get_tracing_state()
+    private._set_tracing_state(None)
+    try:
+        with torch.no_grad(), private._DisableFuncTorch():
+            yield
+    finally:
+        private._set_tracing_state(state)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -347,6 +360,7 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
         use = _INFERENCE
     else:
         use = _VALUE
+    key = (key, of[0].dtype) if of else key  # which a module's move changes, but not its parameters
     for made_for in range(_GRAPH, use - 1, -1):
         entry = results.get((id(owner), key, made_for))
         if entry is not None and (is_compiling() or all(map(is_, entry[0], of))):

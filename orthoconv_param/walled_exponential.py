@@ -1,15 +1,16 @@
 """What removal leaves of an exponential between walls: its generator, and operations of aten."""
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from . import runtime
 from .action import recurrence
+from .action.generator import few_of
 from .action.skew import Layout, entering, leaving, skew_kernel
 from .checks import at_least_single
-from .parametrizations.walled import WalledGenerator
+from .parametrizations.walled import Norm, WalledGenerator, projected
 from .torus.geometry import Geometry, sized
 
 
@@ -25,10 +26,7 @@ def become(module: Any, made: WalledGenerator, geometry: Geometry) -> None:
     module.norm = made.norm
     module.transposed = geometry.transposed
     module.numbers = Layout.of(made.geometry, made.geometry.placement).numbers
-    module.register_buffer("coin", None)
-    coin = made.coin(module.weight.dtype)
-    if coin is not None:
-        module.coin = torch.view_as_real(coin).flatten(2) if coin.is_complex() else coin
+    module.register_buffer("coin", None if made.base is None else made.base.clone())
     module.level, module.coefficients = 0.0, [0.0]
     follow(module)
 
@@ -39,28 +37,30 @@ def follow(module: Any) -> None:
     Raises:
         ValueError: if the weight is not finite, or its norm takes more than 200 terms.
     """
-    weight = module.weight
+    weight = runtime.parameters_of(module)["weight"]  # itself, where `torch.fx` gives a proxy
+    assert weight is not None
+    if weight.is_meta:
+        return
     flaw = runtime.flaw(weight)
     if flaw is not None:
         kind, words = flaw
         raise kind(f"the weight {words}")
     generator = module.norm.generator(at_least_single(weight.detach()), weight.dtype, None)
-    if generator.norm != module.level or not module.coefficients[-1]:
-        module.level, module.coefficients = generator.norm, [*generator.coefficients]
+    module.level, module.coefficients = generator.norm, [*generator.coefficients]
 
 
 @torch.fx.wrap
 def convolve_exponential(
     input: Tensor,
     weight: Tensor,
-    coin: Optional[Tensor],  # noqa: UP045, TorchScript reads no other
-    bias: Optional[Tensor],  # noqa: UP045
+    coin: Tensor | None,
+    bias: Tensor | None,
     level: float,
     coefficients: list[float],
     numbers: list[list[int]],
     transposed: bool,
 ) -> Tensor:
-    """Apply the exponential between walls. `torch.fx` records it as one call, and TorchScript compiles it.
+    """Apply the exponential between walls. `torch.fx` records it as one call.
 
     Args:
         input: ``(batch, in, *size)``, or ``(in, *size)``.
@@ -73,17 +73,52 @@ def convolve_exponential(
         transposed: whether the convolution is transposed.
 
     Raises:
-        ValueError: if the images are not divisible by the stride.
+        ValueError: if the images are not divisible by the stride, or not of the module's channels or dtype.
+    """
+    device_type = input.device.type
+    reduced = None
+    if runtime.is_autocast(device_type) and input.is_floating_point():
+        input = input.to(weight.dtype)
+        reduced = runtime.reduced_dtype(input)
+    fields: Any = weight, coin, bias, level, coefficients, numbers, transposed, reduced
+    with runtime.no_autocast(device_type):
+        return convolved(input, *fields)
+
+
+def convolved(
+    input: Tensor,
+    weight: Tensor,
+    coin: Optional[Tensor],  # noqa: UP045, TorchScript reads no other
+    bias: Optional[Tensor],  # noqa: UP045
+    level: float,
+    coefficients: list[float],
+    numbers: list[list[int]],
+    transposed: bool,
+    reduced: Optional[int],  # noqa: UP045
+) -> Tensor:
+    """Do what `convolve_exponential` says. TorchScript compiles this.
+
+    The argument more is the dtype to which autocast reduces convolutions; None in TorchScript.
     """
     stride, axes = numbers[0], len(numbers[0])
     single = input.dim() == axes + 1
     x = input.unsqueeze(0) if single else input
+    taken = numbers[1][0] * (numbers[1][1] if transposed else numbers[1][2])
+    if not transposed:
+        for s in stride:
+            taken = taken // s
+    if x.dim() != axes + 2 or x.size(1) != taken or x.dtype != weight.dtype:
+        raise ValueError(
+            "input should have the module's channels and axes of space, and the weight's dtype"
+        )
     x = sized(x, [0] * axes, stride, transposed)
     half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
     w = weight.float() if half else weight
     x = x.float() if half else x
     if coin is not None:
-        coin = torch.view_as_complex(coin.unflatten(-1, [-1, 2])) if w.is_complex() else coin.to(w.dtype)
+        if w.is_complex():
+            coin = torch.view_as_complex(coin.unflatten(-1, [-1, 2]))
+        coin = coin.to(w.dtype)
     norm = -level if transposed else level
     B = [b / norm for b in skew_kernel(w, numbers)]
     x = entering(x, coin, numbers, transposed)
@@ -91,22 +126,22 @@ def convolve_exponential(
         surround: list[int] = []
         y = recurrence.series(x, B, coefficients, numbers[4], numbers[5], numbers[1][0], surround)
     else:
-        y = _by_hand(x, B, coefficients, numbers)
+        y = _by_hand(x, B, coefficients, numbers, reduced)
     y = leaving(y, coin, numbers, transposed, w.is_complex())
-    if bias is not None:
-        y = y + bias.reshape([-1] + [1] * axes)
     if half:
         y = y.to(input.dtype)
+    if bias is not None:
+        y = y + bias.reshape([-1] + [1] * axes)
     return y.squeeze(0) if single else y
 
 
 @torch.jit.unused
-def _by_hand(x: Tensor, B: list[Tensor], coefficients: list[float], numbers: list[list[int]]) -> Tensor:
-    rule = recurrence.Series(
-        tuple(coefficients), tuple(numbers[4]), tuple(numbers[5]), numbers[1][0], (), None
-    )
-    with runtime.no_autocast(x.device.type):
-        return recurrence.applied(rule, x, *B)
+def _by_hand(
+    x: Tensor, B: list[Tensor], coefficients: list[float], numbers: list[list[int]], reduced: Any
+) -> Tensor:
+    groups, padding, dilation = numbers[1][0], tuple(numbers[4]), tuple(numbers[5])
+    rule = recurrence.Series(few_of(tuple(coefficients), reduced), padding, dilation, groups, (), reduced)
+    return recurrence.applied(rule, x, *B)
 
 
 class WalledExponential(nn.Module):
@@ -116,9 +151,14 @@ class WalledExponential(nn.Module):
 
     It is no ``nn.Conv2d``: nothing may be folded into its weight. Made by
     ``torch.nn.utils.parametrize.remove_parametrizations`` of what ``orthogonal(..., boundary="walls")`` has
-    made. **Whatever its weight is, the operator is orthogonal**: after training and assignment too. The
-    number of terms follows the weight's norm. In what is exported, scripted or traced it stays.
+    made. **Whatever its weight is, the operator is orthogonal**: after training, loading and assignment
+    too. The number of terms follows the weight's norm at each ordinary call. In what is compiled, exported,
+    scripted or traced it is that of the last call, load or move before: the result is wrong where the
+    weight's norm has grown since by other means, as by an optimizer. Call the module once before.
     """
+
+    if TYPE_CHECKING:  # TorchScript would read it
+        norm: Norm
 
     weight: Tensor
     coin: Optional[Tensor]  # noqa: UP045, TorchScript reads no other
@@ -130,17 +170,45 @@ class WalledExponential(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply it to images ``(batch, in, *size)`` of every size that the stride divides."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            self._follow(input)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return convolved(
+                input, self.weight, self.coin, self.bias, self.level, self.coefficients, self.numbers,
+                self.transposed, None,
+            )  # fmt: skip
+        self._follow()
         return convolve_exponential(
             input, self.weight, self.coin, self.bias, self.level, self.coefficients, self.numbers,
             self.transposed,
         )  # fmt: skip
 
     @torch.jit.unused
-    def _follow(self, input: Any) -> None:
-        if not isinstance(input, torch.fx.Proxy):
+    def _follow(self) -> None:
+        if runtime.is_jit_traced():  # which would record how the norm is computed
+            with runtime.untransformed():
+                follow(self)
+        else:
             follow(self)
+
+    def __prepare_scriptable__(self) -> "WalledExponential":
+        """Let what is scripted have the terms that the present weight needs."""
+        follow(self)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        follow(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "WalledExponential":
+        before = self.coin
+        super()._apply(fn, recurse)
+        if before is not None and self.coin is not None:  # never below single precision, nor complex
+            dtype = torch.promote_types(self.weight.dtype.to_real(), torch.float32)
+            coin = before.to(self.weight.device, dtype)
+            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps and not coin.is_meta
+            self.coin = projected(coin, self.weight.is_complex()) if rises else coin
+        self.norm.reader.restart(wait=False)
+        follow(self)
+        return self
 
     def extra_repr(self) -> str:
         """Say what ``print`` says of the module."""

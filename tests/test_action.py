@@ -586,6 +586,142 @@ def test_what_removal_leaves_stays_orthogonal_whatever_its_weight_is():
         module(torch.zeros(1, 4, 5, 5))
 
 
+def left(base=False, dtype=torch.float32, weight=None, **options):
+    """What removal leaves, with a weight."""
+    module = orthogonal(make((3, 3), dtype=dtype, bias=False, **options), boundary="walls", base=base)
+    if weight is not None:
+        module.weight = weight
+    parametrize.remove_parametrizations(module, "weight")
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it calls deprecated
+@pytest.mark.parametrize("how", ["load", "assign", "move"])
+@pytest.mark.parametrize("made", ["script", "trace", "fx", "export", "compile"])
+def test_what_is_made_of_it_has_the_terms_of_its_present_weight(made, how):
+    W = 3 * random(4, 4, 3, 3, dtype=torch.float32)
+    source, module = left(weight=W), left()
+    x = random(2, 4, 6, 6, dtype=torch.float32)
+    if how == "load":
+        module.load_state_dict(source.state_dict())
+    elif how == "assign":
+        module.load_state_dict(source.state_dict(), assign=True)
+    else:
+        module.weight.data = W.double()
+        module.float()
+    make_ = {
+        "script": torch.jit.script,
+        "trace": lambda m: torch.jit.trace(m, x),
+        "fx": torch.fx.symbolic_trace,
+        "export": lambda m: torch.export.export(m, (x,)).module(),
+        "compile": lambda m: torch.compile(m, backend="eager", fullgraph=True),
+    }[made]
+    torch.compiler.reset()
+    close(make_(module)(x), source(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("made", ["script", "trace", "fx"])
+def test_scripts_and_traces_read_a_weight_that_was_changed_in_place(made):
+    module = left()
+    x = random(2, 4, 6, 6, dtype=torch.float32)
+    with torch.no_grad():
+        module.weight.normal_().mul_(2)
+    make_ = {
+        "script": torch.jit.script,
+        "trace": lambda m: torch.jit.trace(m, x),
+        "fx": torch.fx.symbolic_trace,
+    }[made]
+    y = make_(module)(x)
+    close(y.norm(), x.norm())
+    close(y, module(x))
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_what_removal_leaves_moves_to_other_precisions(dtype, base):
+    module = left(base, dtype)
+    double = torch.promote_types(dtype, torch.float64)
+    assert defect(operator_of_bare(copy.deepcopy(module).to(double), double)) < 1e-11
+    if not dtype.is_complex:
+        half = copy.deepcopy(module).half()
+        M = operator_of_bare(half, torch.float16).float()
+        assert defect(M) < 5e-3
+        assert defect(operator_of_bare(half.double(), torch.float64)) < 1e-11
+    other = left(base, torch.float64, weight=random(4, 4, 3, 3)).float()
+    assert defect(operator_of_bare(other, torch.float32)) < 1e-5
+
+
+def operator_of_bare(module, dtype, size=(4, 3)):
+    eye = torch.eye(module.in_channels * prod(size), dtype=dtype)
+    with torch.no_grad():
+        return module(eye.reshape(len(eye), -1, *size)).flatten(1).mT
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_under_autocast_what_removal_leaves_computes_the_same(base, stride):
+    module = orthogonal(make((3, 3), stride=stride, dtype=torch.float32), boundary="walls", base=base)
+    x = random(2, 4, 6, 6, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        parametrize.remove_parametrizations(module, "weight")
+        assert torch.equal(module(x), y)
+        assert torch.equal(module(x.bfloat16()), module(x.bfloat16().float()))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, 4, 4, 4, dtype=torch.float64), torch.zeros(1, 3, 4, 4), torch.zeros(4, 4)]
+)
+def test_what_removal_leaves_refuses_other_images(x):
+    for module in (left(), torch.jit.script(left())):
+        with pytest.raises(Exception, match="input should have the module's channels"):
+            module(x)
+
+
+@pytest.mark.parametrize("boundary", ["circular", "walls"])
+@pytest.mark.parametrize("triv", ["expm", torch.matrix_exp])
+def test_transforms_follow_a_norm_that_was_never_met(boundary, triv):
+    """The level's coefficients are computed within the transform."""
+    chebyshev.coefficients.cache_clear()
+    chebyshev.series.cache_clear()
+    module = orthogonal(make((3, 3), dtype=torch.float64), boundary=boundary, triv=triv)
+    key = "parametrizations.weight.original"
+    W = 5.3 * module.parametrizations.weight.original.detach()
+    x = random(1, 4, 5, 5)
+
+    def loss(w):
+        return torch.func.functional_call(module, {key: w}, (x,)).pow(3).sum()
+
+    W.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(W), W)
+    twin = orthogonal(make((3, 3), dtype=torch.float64), boundary=boundary, triv=triv)
+    chebyshev.coefficients.cache_clear()
+    chebyshev.series.cache_clear()
+    module = twin
+    close(torch.func.grad(loss)(W.detach()), expected)
+
+
+@pytest.mark.parametrize("boundary", ["circular", "walls"])
+def test_a_move_in_a_cached_block_is_seen(boundary):
+    module = orthogonal(make((3, 3), dtype=torch.float32), boundary=boundary)
+    x = random(2, 4, 6, 6)
+    with parametrize.cached():
+        module(x.float())
+        module.double()
+        y = module(x)
+    close(y, module(x))
+
+
+def test_a_weight_whose_transform_overflows_is_refused():
+    module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match="should be finite"):
+        module.weight = 3e38 * torch.ones(4, 4, 3, 3)
+    close(module.weight, before)
+
+
 def test_removal_without_the_value_gives_the_free_parameter_back():
     module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
     X = generators(module)[0].detach().clone()

@@ -27,11 +27,16 @@ class Generator(NamedTuple):
     coin: Tensor | None
 
     def terms(self, reduced: torch.dtype | None) -> tuple[float, ...]:
-        """Return the coefficients that count in a dtype to which convolutions are reduced; for None all."""
-        count = len(self.coefficients)
-        if reduced is not None:
-            left_out, tol = 0.0, runtime.rounding(reduced)
-            while count > 3 and left_out + abs(self.coefficients[count - 1]) <= tol:
-                left_out += abs(self.coefficients[count - 1])
-                count -= 1
-        return self.coefficients[:count]
+        """Return `few_of` the coefficients."""
+        return few_of(self.coefficients, reduced)
+
+
+def few_of(coefficients: tuple[float, ...], reduced: torch.dtype | None) -> tuple[float, ...]:
+    """Return the coefficients that count in a dtype to which convolutions are reduced; for None all."""
+    count = len(coefficients)
+    if reduced is not None:
+        left_out, tol = 0.0, runtime.rounding(reduced)
+        while count > 3 and left_out + abs(coefficients[count - 1]) <= tol:
+            left_out += abs(coefficients[count - 1])
+            count -= 1
+    return coefficients[:count]

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .. import runtime
 from .maps import Trivialization, name, some_skew, trivialization
 
 LARGEST_DEGREE = 512
@@ -27,12 +28,10 @@ def coefficients(triv: str | Trivialization, norm: float) -> np.ndarray:
     They are read from values of the map on 1 x 1 matrices. None are returned for a function that no
     polynomial of degree 512 follows.
     """
-    apply = trivialization(triv)
     count = 64
     while count <= 4 * LARGEST_DEGREE and norm < 2 * LARGEST_DEGREE:
         x = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-        with torch.no_grad(), torch.device("cpu"):
-            f = apply(torch.from_numpy(1j * norm * x).reshape(-1, 1, 1)).flatten().numpy()
+        f = _scalar_values(triv, 1j * norm * x)
         # the discrete cosine transform of f, as the Fourier transform of its even extension
         spectrum = np.fft.fft(np.concatenate([f, f[::-1]]))[:count]
         c = spectrum * np.exp(-0.5j * np.pi * np.arange(count) / count) / count
@@ -42,6 +41,15 @@ def coefficients(triv: str | Trivialization, norm: float) -> np.ndarray:
             return c[:LARGEST_DEGREE]
         count *= 2
     return np.zeros(0, complex)
+
+
+def _scalar_values(triv: str | Trivialization, z: np.ndarray) -> np.ndarray:
+    if triv == "expm":
+        return np.exp(z)
+    if triv == "cayley":
+        return (1 + z / 2) / (1 - z / 2)
+    with runtime.untransformed(), torch.device("cpu"):
+        return trivialization(triv)(torch.from_numpy(z).reshape(-1, 1, 1)).flatten().numpy()
 
 
 def tails(triv: str | Trivialization, norm: float) -> np.ndarray:

@@ -38,6 +38,7 @@ class Norm:
         self.geometry = geometry
         self.triv = triv
         self.degree: Degree | None = None
+        self.tol = 0.0  # to which the degree is
         self.reader = runtime.LateReader()
 
     def generator(self, kernel: Tensor, dtype: torch.dtype, coin: Tensor | None) -> Generator:
@@ -48,6 +49,9 @@ class Norm:
             RuntimeError: if the norm is not known, since there has been no ordinary call.
         """
         tol = default_tolerance(dtype)
+        if tol != self.tol and self.degree is not None:
+            self.degree = Degree.of_series(self.triv, tol, self.degree.level)
+        self.tol = tol
 
         def needed(norm: float) -> Degree:
             return Degree.of_series(self.triv, tol, norm)
@@ -127,8 +131,7 @@ class WalledGenerator(Registered):
         """Return the matrices that act on each pixel, ``(groups, m, m)``, in a dtype."""
         if self.base is None:
             return None
-        base = self.base
-        return (torch.view_as_complex(base.unflatten(-1, (-1, 2))) if dtype.is_complex else base).to(dtype)
+        return coin_of(self.base, dtype)
 
     def has_issued(self, W: Tensor) -> bool:
         """Return True if a tensor shares the memory of the weight that was computed last."""
@@ -155,8 +158,10 @@ class WalledGenerator(Registered):
         runtime.refuse_assigning_to_parts()
         if self.geometry is not None:
             self._check(W)
+            generator = pack(at_least_single(W)).to(W.dtype)
+            check_finite("the weight, and the sums of its taps,", generator)
             self._follow(W)
-            return pack(at_least_single(W)).to(W.dtype)
+            return generator
         generator, buffers = self.preimage(W)
         self.base = buffers.get("base")
         self.geometry, self._reference = self._placed, W.new_empty(0)
@@ -176,8 +181,7 @@ class WalledGenerator(Registered):
         layout = Layout.of(self._placed, self._placed.placement)
         kernel = coarse_kernel(at_least_single(W), layout.numbers)
         coin = polar_frame(kernel.flatten(3)[..., prod(layout.taps) // 2])  # of the tap in the middle
-        reals = torch.view_as_real(coin).flatten(2) if coin.is_complex() else coin
-        return torch.zeros_like(W), {"base": reals}
+        return torch.zeros_like(W), {"base": reals_of(coin)}
 
     def loaded(self, generator: Tensor) -> None:
         """Take note of a generator that has been loaded: its norm sets the number of terms."""
@@ -249,13 +253,23 @@ class WalledGenerator(Registered):
         return {**words, **self.context}
 
     def _projected(self, buffer: Tensor) -> Tensor:
-        if not self._placed.is_complex:
-            return polar_frame(buffer)
-        coin = polar_frame(torch.view_as_complex(buffer.unflatten(-1, (-1, 2))))
-        return torch.view_as_real(coin).flatten(2)
+        return projected(buffer, self._placed.is_complex)
 
     def _loaded_or_moved(self, moved: bool) -> None:
         self.norm.reader.restart(wait=not moved)  # the generator is the parent's
-        if moved and self.norm.degree is not None and self._reference is not None:
-            tol, level = default_tolerance(self._reference.dtype), self.norm.degree.level
-            self.norm.degree = Degree.of_series(self.triv, tol, level)
+
+
+def reals_of(coin: Tensor) -> Tensor:
+    """Return matrices ``(groups, m, m)`` as real numbers, of which moves drop no imaginary part."""
+    return torch.view_as_real(coin).flatten(2) if coin.is_complex() else coin
+
+
+def coin_of(reals: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrices of `reals_of`, in a dtype."""
+    return (torch.view_as_complex(reals.unflatten(-1, (-1, 2))) if dtype.is_complex else reals).to(dtype)
+
+
+def projected(reals: Tensor, is_complex: bool) -> Tensor:
+    """Return the unitary matrices nearest to those of `reals_of`."""
+    dtype = torch.promote_types(reals.dtype, torch.complex64) if is_complex else reals.dtype
+    return reals_of(polar_frame(coin_of(reals, dtype)))
