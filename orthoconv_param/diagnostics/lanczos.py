@@ -26,7 +26,7 @@ from ..checks import Size
 from .forward import Forward
 
 _STEPS = 600  # which 8 channels between zeros on 16x16 images take at most
-_NUMBERS = 2**23  # in both bases together, but for the fewest steps
+_NUMBERS = 2**22  # in both bases together, but for the fewest steps
 _FEWEST = 40
 _RELATIVE = 1e-2  # residual at which a value counts as converged
 _ABSOLUTE = 1e-6
@@ -41,7 +41,7 @@ def extremes(operator: Forward) -> tuple[float, float]:
     It ends when both have converged, or after as many steps as time and memory allow.
 
     Cost: one application of the operator and one of its adjoint a step: 600 steps at most, and fewer for
-    more than 14000 rows and columns together, down to 40.
+    more than 7000 rows and columns together, down to 40.
     """
 
     def random(seed: int, size: Size) -> Tensor:
