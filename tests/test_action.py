@@ -426,6 +426,7 @@ def test_a_cached_loop_makes_the_skew_kernel_once(monkeypatch):
     assert generators(module)[0].grad is not None
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of complex numbers, and of what it imports
 @pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("removed", [False, True])
