@@ -186,7 +186,7 @@ class WalledExponential(nn.Module):
         if runtime.is_jit_traced():  # which would record how the norm is computed
             with runtime.untransformed():
                 follow(self)
-        else:
+        elif not runtime.is_compiling():
             follow(self)
 
     def __prepare_scriptable__(self) -> "WalledExponential":
