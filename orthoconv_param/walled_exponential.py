@@ -122,11 +122,12 @@ def convolved(
     norm = -level if transposed else level
     B = [b / norm for b in skew_kernel(w, numbers)]
     x = entering(x, coin, numbers, transposed)
+    surround: list[int] = []
+    step = recurrence.Step(numbers[4], numbers[5], numbers[1][0], surround)
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        surround: list[int] = []
-        y = recurrence.series(x, B, coefficients, numbers[4], numbers[5], numbers[1][0], surround)
+        y = recurrence.series(x, B, coefficients, step)
     else:
-        y = _by_hand(x, B, coefficients, numbers, reduced)
+        y = _by_hand(x, B, coefficients, step, reduced)
     y = leaving(y, coin, numbers, transposed, w.is_complex())
     if half:
         y = y.to(input.dtype)
@@ -137,10 +138,9 @@ def convolved(
 
 @torch.jit.unused
 def _by_hand(
-    x: Tensor, B: list[Tensor], coefficients: list[float], numbers: list[list[int]], reduced: Any
+    x: Tensor, B: list[Tensor], coefficients: list[float], step: recurrence.Step, reduced: Any
 ) -> Tensor:
-    groups, padding, dilation = numbers[1][0], tuple(numbers[4]), tuple(numbers[5])
-    rule = recurrence.Series(few_of(tuple(coefficients), reduced), padding, dilation, groups, (), reduced)
+    rule = recurrence.Series(few_of(tuple(coefficients), reduced), step, reduced)
     return recurrence.applied(rule, x, *B)
 
 

@@ -26,10 +26,6 @@ class Generator(NamedTuple):
     coefficients: tuple[float, ...]
     coin: Tensor | None
 
-    def terms(self, reduced: torch.dtype | None) -> tuple[float, ...]:
-        """Return `few_of` the coefficients."""
-        return few_of(self.coefficients, reduced)
-
 
 def few_of(coefficients: tuple[float, ...], reduced: torch.dtype | None) -> tuple[float, ...]:
     """Return the coefficients that count in a dtype to which convolutions are reduced; for None all."""

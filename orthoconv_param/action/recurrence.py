@@ -17,7 +17,7 @@ memory for more of them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,61 +34,56 @@ _BETWEEN_BYTES = 2**22  # of what is between the terms of one pass: it may alway
 _BETWEEN_IMAGES = 2  # likewise, in images of the whole batch
 
 
-def series(
-    x: Tensor,
-    B: list[Tensor],
-    coefficients: list[float],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    surround: list[int],
-) -> Tensor:
+class Step(NamedTuple):
+    """How a term's convolution is applied. TorchScript knows it.
+
+    Args:
+        padding: samples of zeros on both sides.
+        dilation: of the kernel.
+        groups: of it.
+        surround: samples by which images are continued around the torus, as ``F.pad`` takes them; or none.
+    """
+
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    surround: list[int]
+
+
+def series(x: Tensor, B: list[Tensor], coefficients: list[float], step: Step) -> Tensor:
     """Apply a series to images. TorchScript compiles this.
 
     Args:
         x: images, ``(batch, groups * m, *size)``, real.
         B: as of `times`, in the precision of the convolutions.
         coefficients: ``c_0, ..., c_m``, of which there are three or more.
-        padding: samples of zeros on both sides.
-        dilation: of the kernel.
-        groups: of it.
-        surround: samples by which images are continued around the torus, as ``F.pad`` takes them; or none.
+        step: how each convolution is applied.
     """
-    before, last = x, times(B, x, padding, dilation, groups, surround)
+    before, last = x, times(B, x, step)
     y = coefficients[0] * before + coefficients[1] * last
     for c in coefficients[2:]:
-        before, last = last, 2 * times(B, last, padding, dilation, groups, surround) + before
+        before, last = last, 2 * times(B, last, step) + before
         y = y + c * last
     return y
 
 
-def times(
-    B: list[Tensor],
-    x: Tensor,
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    surround: list[int],
-) -> Tensor:
+def times(B: list[Tensor], x: Tensor, step: Step) -> Tensor:
     """Return ``B x``. TorchScript compiles this.
 
     Args:
         B: the kernel, ``(groups * m, m, *taps)``; or its first rows ``(groups * k, m, *taps)``, and the
             first columns of the others, ``(groups * (m - k), k, *taps)``.
         x: images, ``(batch, groups * m, *size)``.
-        padding: as of `series`.
-        dilation: likewise.
-        groups: likewise.
-        surround: likewise.
+        step: how the convolution is applied.
     """
-    low = x.to(B[0].dtype)
-    if len(surround) > 0:
-        low = F.pad(low, surround, mode="circular")
-    ones = [1] * len(padding)
-    y = convolve(low, B[0], ones, padding, dilation, groups)
+    low, groups = x.to(B[0].dtype), step.groups
+    if len(step.surround) > 0:
+        low = F.pad(low, step.surround, mode="circular")
+    ones = [1] * len(step.padding)
+    y = convolve(low, B[0], ones, step.padding, step.dilation, groups)
     if len(B) > 1:
-        others = convolve(first(low, groups, B[1].size(1)), B[1], ones, padding, dilation, groups)
-        y = torch.cat([y.unflatten(1, [groups, -1]), others.unflatten(1, [groups, -1])], 2).flatten(1, 2)
+        below = convolve(first(low, groups, B[1].size(1)), B[1], ones, step.padding, step.dilation, groups)
+        y = torch.cat([y.unflatten(1, [groups, -1]), below.unflatten(1, [groups, -1])], 2).flatten(1, 2)
     return y.to(x.dtype)
 
 
@@ -103,27 +98,18 @@ class Series:
 
     Args:
         coefficients: ``c_0, ..., c_m``.
-        padding: as of `series`.
-        dilation: likewise.
-        groups: likewise.
-        surround: likewise.
+        step: how each convolution is applied.
         reduced: the dtype of the convolutions, if that is not the images'.
     """
 
     coefficients: tuple[float, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    surround: tuple[int, ...]
+    step: Step
     reduced: torch.dtype | None
 
     def plain(self, *inputs: Tensor) -> Tensor:
         """Return the images."""
         x, *B = inputs
-        B = [b.to(self.reduced or b.dtype) for b in B]
-        return series(
-            x, B, [*self.coefficients], [*self.padding], [*self.dilation], self.groups, [*self.surround]
-        )
+        return series(x, [b.to(self.reduced or b.dtype) for b in B], [*self.coefficients], self.step)
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the images, and if the kernel's gradient may be wanted the first few ``phi``."""
@@ -169,16 +155,17 @@ class Series:
 
     def _times(self, B: list[Tensor], x: Tensor) -> Tensor:
         low = self._continued(x.to(B[0].dtype))
-        return times(B, low, [*self.padding], [*self.dilation], self.groups, []).to(x.dtype)
+        return times(B, low, self.step._replace(surround=[])).to(x.dtype)
 
     def _continued(self, x: Tensor) -> Tensor:
         """Return images that are continued around the torus, with the channels last as they are.
 
         (``F.pad`` puts them first.)
         """
-        if not self.surround:
+        surround = self.step.surround
+        if not surround:
             return x
-        sides = [*zip(self.surround[-2::-2], self.surround[::-2], strict=True)]
+        sides = [*zip(surround[-2::-2], surround[::-2], strict=True)]
         size = [n + a + b for n, (a, b) in zip(x.shape[2:], sides, strict=True)]
         y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=_last(x))
         inner = y
@@ -237,16 +224,16 @@ class Series:
     def _add_gradients(
         self, dB: list[Tensor], factor: float, lam: Tensor, phi: Tensor, B: list[Tensor]
     ) -> None:
-        low, groups = self._continued(phi.to(B[0].dtype)), self.groups
+        low, step = self._continued(phi.to(B[0].dtype)), self.step
         read, given = [low], [lam.to(B[0].dtype)]
         if len(B) > 1:
             k = B[1].shape[1]
-            read.append(first(low, groups, k))
-            lams = given[0].unflatten(1, (groups, -1))
+            read.append(first(low, step.groups, k))
+            lams = given[0].unflatten(1, (step.groups, -1))
             given = [lams[:, :, :k].flatten(1, 2), lams[:, :, k:].flatten(1, 2)]
         for d, b, x, g in zip(dB, B, read, given, strict=True):
             gradient = runtime.convolution_gradients(
-                g, x, b, groups, padding=self.padding, dilation=self.dilation, needed=(False, True)
+                g, x, b, step.groups, padding=step.padding, dilation=step.dilation, needed=(False, True)
             )[1]
             d.add_(gradient, alpha=factor)
 
@@ -261,10 +248,7 @@ def compiled(rule: Series, x: Tensor, B: Tensor, others: Tensor | None = None) -
 
     Its backward pass takes no more memory for more terms, as the rule's own. It has no other derivatives.
     """
-    return torch.ops.orthoconv_param.series(
-        x, B, others, rule.coefficients, rule.padding, rule.dilation, rule.groups, rule.surround,
-        rule.reduced,
-    )  # fmt: skip
+    return torch.ops.orthoconv_param.series(x, B, others, rule.coefficients, *rule.step, rule.reduced)
 
 
 def _kernels(B: Tensor, others: Tensor | None) -> list[Tensor]:
@@ -283,15 +267,9 @@ def _gradient(
     return [g for g in gradients if g is not None]
 
 
-def _rule(
-    coefficients: list[float],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    surround: list[int],
-    reduced: torch.dtype | None,
-) -> Series:
-    return Series(tuple(coefficients), tuple(padding), tuple(dilation), groups, tuple(surround), reduced)
+def _rule(coefficients: list[float], *fields: Any) -> Series:
+    *step, reduced = fields
+    return Series(tuple(coefficients), Step(*step), reduced)
 
 
 _FIELDS = (

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import Size
+from ..matrices.products import adjoint, conjugate, mixed
 from ..torus.geometry import Geometry
 from ..torus.lattice import Placement
 from ..torus.phases import join_phases, split_phases, spread
@@ -166,7 +167,7 @@ def entering(x: Tensor, coin: Optional[Tensor], numbers: list[list[int]], transp
         more.extend([0, side - channels])
         x = F.pad(x.unflatten(1, [groups, channels]), more).flatten(1, 2)
     if coin is not None and (rows >= columns) == transposed:
-        x = mixed(adjoint_of(coin) if transposed else coin, x)
+        x = mixed(adjoint(coin) if transposed else coin, x)
     if x.is_complex():
         x = torch.stack([x.real, x.imag], 2).flatten(1, 2)
     return x
@@ -186,26 +187,9 @@ def leaving(
         parts = x.unflatten(1, [groups * side, 2])
         x = torch.complex(parts.select(2, 0), parts.select(2, 1))
     if coin is not None and (rows >= columns) != transposed:
-        x = mixed(adjoint_of(coin) if transposed else coin, x)
+        x = mixed(adjoint(coin) if transposed else coin, x)
     if side > channels:
         x = x.unflatten(1, [groups, side]).narrow(2, 0, channels).flatten(1, 2)
     if transposed:
         x = join_phases(x, numbers[0])
     return conjugate(x) if transposed and is_complex else x
-
-
-def mixed(coin: Tensor, x: Tensor) -> Tensor:
-    """Return matrices ``(groups, m, m)`` times the channels of each pixel."""
-    flat = x.flatten(2).unflatten(1, [coin.size(0), coin.size(1)])
-    return torch.matmul(coin, flat).flatten(1, 2).reshape(x.shape)
-
-
-def adjoint_of(coin: Tensor) -> Tensor:
-    """Return the adjoint matrices."""
-    coin = coin.transpose(1, 2)
-    return conjugate(coin) if coin.is_complex() else coin
-
-
-def conjugate(x: Tensor) -> Tensor:
-    """Return the conjugate. Forward mode within ``vmap`` does not take the views of `torch.conj`."""
-    return torch.complex(x.real, -x.imag)

@@ -43,6 +43,23 @@ def adjoint(X: Tensor) -> Tensor:
     return X.mH.resolve_conj() if X.is_complex() else X.mT
 
 
+def conjugate(X: Tensor) -> Tensor:
+    """Return the conjugate, made in memory: neither forward mode within ``vmap`` nor operators take views.
+
+    TorchScript compiles this, and `mixed`.
+    """
+    return torch.complex(X.real, -X.imag)
+
+
+def mixed(M: Tensor, x: Tensor) -> Tensor:
+    """Return matrices ``(groups, rows, columns)`` times the channels of each pixel of images."""
+    flat = x.flatten(2)
+    if M.size(0) == 1:  # `matmul` would transpose the images where the matrix requires a gradient
+        return torch.bmm(M.expand(x.size(0), -1, -1), flat).unflatten(2, x.shape[2:])
+    y = torch.matmul(M, flat.unflatten(1, [M.size(0), -1]))
+    return y.flatten(1, 2).unflatten(2, x.shape[2:])
+
+
 def product(A: Tensor, B: Tensor) -> Tensor:
     """Return ``A @ B`` of batches of matrices, with derivatives as fast as the product.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..action import recurrence
-from ..action.generator import Generator
+from ..action.generator import Generator, few_of
 from ..action.skew import Layout, entering, leaving, skew_kernel
 from ..checks import HALF, Size
 from ..torus.boundary import fold
@@ -22,9 +22,7 @@ class Prepared(NamedTuple):
         generator: what is exponentiated.
         layout: of its skew kernel.
         B: `skew_kernel` over the generator's norm; of the transpose with the opposite sign.
-        padding: samples of zeros that continue images on both sides.
-        surround: samples by which images are continued around the torus instead, as ``F.pad`` takes them.
-        dilation: of the skew kernel.
+        step: how each term's convolution is applied.
         transposed: whether the transpose is applied.
         reduced: the dtype of the convolutions, if it is not that of the images.
     """
@@ -32,9 +30,7 @@ class Prepared(NamedTuple):
     generator: Generator
     layout: Layout
     B: tuple[Tensor, ...]
-    padding: Size
-    surround: Size
-    dilation: Size
+    step: recurrence.Step
     transposed: bool
     reduced: torch.dtype | None
 
@@ -71,32 +67,28 @@ class Series:
         transposed = action.geometry.transposed
         norm = -generator.norm if transposed else generator.norm
         B = [b / norm for b in skew_kernel(generator.kernel, layout.numbers)]
-        surround: Size = ()
         reduced = operator.reduced  # around a torus, no other evaluator takes less than single precision
-        padding, dilation = layout.padding, layout.dilation
+        step = recurrence.Step([*layout.padding], [*layout.dilation], layout.groups, [])
         if not action.boundary.has_walls:
             reduced = None
-            dilation = tuple(a * r for a, r in zip(dilation, action.dilation, strict=True))
+            dilation = tuple(a * r for a, r in zip(layout.dilation, action.dilation, strict=True))
             grid = action.geometry.coarse(domain)
             if any(r * (k - 1) >= n for k, r, n in zip(layout.taps, dilation, grid, strict=True)):
                 B, dilation = [fold(b, grid, dilation) for b in B], (1,) * len(grid)
             taps = tuple(B[0].shape[2:])
             placement = Placement.centred(taps, dilation)
             sides = zip(placement.origin[::-1], placement.after(taps)[::-1], strict=True)
-            padding, surround = (0,) * len(grid), tuple(n for side in sides for n in side)
-        return Prepared(
-            generator, layout, tuple(B), padding, surround, dilation, transposed, reduced
-        )  # fmt: skip
+            surround = [n for side in sides for n in side]
+            step = recurrence.Step([0] * len(grid), [*dilation], layout.groups, surround)
+        return Prepared(generator, layout, tuple(B), step, transposed, reduced)
 
     def apply(self, state: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply it to images ``(batch, channels, *size)``, and add a bias."""
         generator, layout = state.generator, state.layout
         dtype, numbers, coin = x.dtype, layout.numbers, generator.coin
         x = entering(x.float() if dtype in HALF else x, coin, numbers, state.transposed)
-        rule = recurrence.Series(
-            generator.terms(state.reduced), state.padding, state.dilation, layout.groups, state.surround,
-            state.reduced,
-        )  # fmt: skip
+        coefficients = few_of(generator.coefficients, state.reduced)
+        rule = recurrence.Series(coefficients, state.step, state.reduced)
         y = recurrence.applied(rule, x, *state.B)
         y = leaving(y, coin, numbers, state.transposed, layout.is_complex)
         return with_bias(y.to(dtype), bias)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..matrices import by_hand
-from ..matrices.products import adjoint
+from ..matrices.products import adjoint, mixed
 from ..torus.geometry import Geometry, convolve, convolve_transposed, per_channel
 from .chain import Chain, Factors
 
@@ -127,7 +127,7 @@ class _Applied:
         if factor.is_patch:
             return self._patched(M, x), x
         if factor.axis is None:
-            return _mixed(M, x), x
+            return mixed(M, x), x
         return _joined(M, x, factor.axis + 2, self.geometry.dilation[factor.axis])
 
     def _patched(self, kernel: Tensor, x: Tensor) -> Tensor:
@@ -156,15 +156,6 @@ class _Applied:
         return sum((g @ adjoint(y)).sum(0) for g, y in pieces)
 
 
-def _mixed(M: Tensor, x: Tensor) -> Tensor:
-    """Return matrices ``(groups, rows, columns)`` times the channels of each pixel."""
-    flat = x.flatten(2)
-    if len(M) == 1:  # `matmul` would transpose the images where the matrix requires a gradient
-        return torch.bmm(M.expand(len(x), -1, -1), flat).unflatten(2, x.shape[2:])
-    y = torch.matmul(M, flat.unflatten(1, (len(M), -1)))
-    return y.flatten(1, 2).unflatten(2, x.shape[2:])
-
-
 def _joined(M: Tensor, x: Tensor, axis: int, spacing: int) -> tuple[Tensor, Tensor]:
     """Return images after a pair ``M`` along an axis, and the channels that it joins.
 
@@ -179,7 +170,7 @@ def _joined(M: Tensor, x: Tensor, axis: int, spacing: int) -> tuple[Tensor, Tens
     together[:, :, :half] = channels[:, :, :half].narrow(axis + 1, 0, joint)
     together[:, :, half:] = channels[:, :, half:].narrow(axis + 1, x.shape[axis] - joint, joint)
     together = together.flatten(1, 2)
-    return _scattered(_mixed(M, together), x, len(M), axis), together
+    return _scattered(mixed(M, together), x, len(M), axis), together
 
 
 def _joined_at_once(M: Tensor, x: Tensor, axis: int, spacing: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..matrices.derivatives import align
+from ..matrices.products import conjugate
 from .lattice import Lattice
 
 # A batch is transformed in pieces. Each step then reads from the cache what the step before wrote, and
@@ -53,9 +54,7 @@ def of_transpose(adjoint_or_not: Callable[[Tensor], Tensor], x: Tensor, transpos
     For real images both are the same. For complex ones ``M^T x`` is the conjugate of ``M^H conj(x)``.
     """
     if transposed and x.is_complex():
-        # not by `conj`, whose views neither forward mode within `vmap` nor operators take
-        y = adjoint_or_not(torch.complex(x.real, -x.imag))
-        return torch.complex(y.real, -y.imag)
+        return conjugate(adjoint_or_not(conjugate(x)))
     return adjoint_or_not(x)
 
 
