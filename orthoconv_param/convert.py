@@ -171,7 +171,7 @@ def _between_walls(
     Raises:
         TypeError, ValueError: as `orthogonal` does.
     """
-    _check_module(module, name)
+    check_module(module, name)
     if domain != "any":
         raise ValueError(
             f'domain should be "any" between walls, which are those of every image. Found {domain!r}'
@@ -200,8 +200,8 @@ def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str
     Raises:
         TypeError, ValueError: as `orthogonal` does.
     """
-    _check_module(module, name)
-    edges = _boundary(module, boundary)
+    check_module(module, name)
+    edges = boundary_by_default(module, boundary)
     if domain != "any":
         raise ValueError(
             'domain should be "any" with method="split", whose kernels are orthogonal at every size. '
@@ -214,19 +214,24 @@ def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str
     parametrization = SplitExponential.placed(
         replace(whole, transposed=False), edges.has_walls, owner, context, **options
     )
-    taps = zip(chain.taps, whole.taps, whole.dilation, whole.placement.origin, strict=True)
-    origin = tuple(o if k == before else r * (k // 2) for k, before, r, o in taps)
-    placement = Placement(whole.dilation, origin)
-    geometry = replace(whole, size=(*whole.size[:2], *chain.taps), placement=placement)
+    geometry = with_taps_of(chain, whole)
     # torch's transposed convolutions know zero padding only
     torchs = not edges.has_walls and not (edges.is_periodic and whole.transposed)
     if not torchs and not chain.is_within_patches(geometry):
         install(module, parametrization, Action(geometry, edges, None, whole.dilation))
     else:
-        install(module, parametrization, None, **_padding(module, geometry, edges))
+        install(module, parametrization, None, **padding(module, geometry, edges))
 
 
-def _padding(module: Any, geometry: Geometry, edges: Boundary) -> dict[str, Any]:
+def with_taps_of(chain: Chain, whole: Geometry) -> Geometry:
+    """Return a geometry with the taps of a split kernel, which may be fewer."""
+    taps = zip(chain.taps, whole.taps, whole.dilation, whole.placement.origin, strict=True)
+    origin = tuple(o if k == before else r * (k // 2) for k, before, r, o in taps)
+    placement = Placement(whole.dilation, origin)
+    return replace(whole, size=(*whole.size[:2], *chain.taps), placement=placement)
+
+
+def padding(module: Any, geometry: Geometry, edges: Boundary) -> dict[str, Any]:
     """Return the attributes by which torch's own module pads at a boundary as it pads now."""
     before, after = geometry.placement.origin, geometry.placement.after(geometry.taps)
     found: dict[str, Any] = {"kernel_size": geometry.taps}
@@ -280,13 +285,8 @@ class Conversion:
         Raises:
             TypeError, ValueError: as `orthogonal` does.
         """
-        _check_module(module, name)
-        edges = _boundary(module, boundary)
-        if edges.has_walls:
-            raise ValueError(
-                'boundary should be "circular" or "zeros": retrofit knows no way from an operator to '
-                'one between walls. Use orthogonal(..., boundary="walls"). Found "walls"'
-            )
+        check_module(module, name)
+        edges = boundary_by_default(module, boundary)
         if domain is None or (isinstance(domain, str) and domain != "any"):
             kind = TypeError if domain is None else ValueError
             raise kind(f'domain should be "any", a size, or a tuple of sizes. Found {domain!r}')
@@ -362,7 +362,7 @@ def convolves(module: nn.Module) -> bool:
     return all(getattr(type(module), name, None) is getattr(base, name, None) for name in methods)
 
 
-def _boundary(module: Any, name: str | None) -> Boundary:
+def boundary_by_default(module: Any, name: str | None = None) -> Boundary:
     """Return the boundary that is asked for.
 
     Raises:
@@ -380,7 +380,7 @@ def _boundary(module: Any, name: str | None) -> Boundary:
     return CIRCULAR
 
 
-def _check_module(module: Any, name: str) -> None:
+def check_module(module: Any, name: str) -> None:
     """Raise if a module cannot be made orthogonal, whatever its geometry.
 
     Raises:

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from . import runtime, walled, walled_exponential
+from . import norms, runtime, walled, walled_exponential
 from .checks import Size
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Fixed, Parametrized
+from .parametrizations.annealed import Annealing
+from .parametrizations.blocks import Blocks
 from .parametrizations.split import SplitExponential
 from .parametrizations.walled import WalledGenerator
 from .split.mending import Mended, mended
@@ -28,6 +31,7 @@ class Installed:
         self.made = made  # the parametrization
         self.smallest: Size | None = None
         self.edges: weakref.ref[Edges] | None = None  # of the weight that was read last
+        self.stack: weakref.ref[ParametrizationList] | None = None  # from which it was computed
         self._last: Size | None = None
 
     def see(self, size: Size) -> None:
@@ -61,6 +65,7 @@ def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: 
     made = weight.only
     if made is None:
         return
+    norms.fold(state_dict, prefix, module.transposed)
     stack = prefix + "parametrizations.weight."
     # the very parameters, which stay with ``assign=True`` too
     present = {stack + key: value for key, value in weight.stack.state_dict(keep_vars=True).items()}
@@ -97,8 +102,8 @@ def take_note(weight: Parametrized, state_dict: dict[str, Any], prefix: str) -> 
 
 def remind(weight: Parametrized) -> None:
     """Let a split parametrization know its generator, which torch does not tell it before an assignment."""
-    if isinstance(weight.only, SplitExponential):
-        weight.only.given.note(weight.tensors[0])
+    if isinstance(weight.inner, SplitExponential):
+        weight.inner.given.note(weight.tensors[0])
 
 
 # Removal
@@ -116,7 +121,9 @@ def take_edges(installed: Installed, W: Any, weight: Parametrized) -> None:
 
     Torch reads the weight without gradients, and then overwrites the generator by it. So this is the last
     moment at which there are factors. What is kept hangs on the weight that was read, not on the module.
+    (Where there are several free parameters, it reads the weight with gradients, and keeps them.)
     """
+    installed.stack = weakref.ref(weight.stack)
     if not installed.action.boundary.has_walls or torch.is_grad_enabled() or not runtime.is_plain(W):
         return
     if not hasattr(W, "edges"):
@@ -141,26 +148,36 @@ def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> No
     """
     weight = module.weight
     weight.grad = None  # it was the generator's
+    runtime.KeptForCalls.remove_from(module)
     if "bias" in runtime.parameters_of(module):  # the order that it had
         runtime.parameters_of(module)["bias"] = runtime.parameters_of(module).pop("bias")
     if installed is None:
         runtime.leave_class(module, base)
         return
-    action, smallest, made = installed.action, installed.smallest, installed.made
+    action, smallest, made, partition = installed.action, installed.smallest, installed.made, None
     edges = None if installed.edges is None else installed.edges()
+    if isinstance(made, Blocks):
+        partition, made = made.partition, made.exponential
+        stack = None if installed.stack is None else installed.stack()
+        if stack is not None and isinstance(made, SplitExponential):
+            with torch.no_grad():
+                found = Parametrized(stack).factors()
+            assert found is not None
+            edges = Edges(mended(*found, action.geometry.transposed))
     if isinstance(made, WalledGenerator):
-        if made.has_issued(weight):
-            walled_exponential.become(module, made, action.geometry)
+        if partition is not None or made.has_issued(weight):
+            walled_exponential.become(module, made, partition, action)
             runtime.leave_class(module, walled_exponential.WalledExponential)
         else:  # its Fourier coefficients, without their meaning
             runtime.leave_class(module, base)
         return
     if action.boundary.has_walls:
-        if edges is not None and edges.mended.weight.shape == weight.shape:
+        if edges is not None and weight.ndim == len(action.geometry.size):
             vars(module).update(
                 action.boundary.attributes(tuple(weight.shape[2:]), action.geometry, action.dilation)
             )
-            walled.become(module, edges.mended, action.geometry)
+            share = made.progress if isinstance(made, Annealing) else 1.0
+            walled.become(module, edges.mended, action.geometry, share, partition)
             runtime.leave_class(module, walled.WalledConvolution)
         else:  # the generator, without its meaning
             runtime.leave_class(module, base)

@@ -3,25 +3,42 @@
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .parametrizations.partition import Partition
 from .split.mending import Mended, convolved_to, mend, pads
-from .torus.geometry import Geometry, convolve, sized
+from .torus.geometry import Geometry, added, convolve, sized
 
 
-def become(module: Any, m: Mended, geometry: Geometry) -> None:
-    """Give a convolution the attributes of a `WalledConvolution`."""
+def become(module: Any, m: Mended, geometry: Geometry, share: float, partition: Partition | None) -> None:
+    """Give a convolution the attributes of a `WalledConvolution`.
+
+    Args:
+        module: whose weight is an ordinary parameter, the kernel.
+        m: what mends the edges.
+        geometry: of the convolution.
+        share: with which they are mended.
+        partition: the blocks whose edges these are; None if they are all of it.
+    """
     parts = [x for line in zip(m.kernels, m.ends, strict=True) for x in line]
     parts += [x for short in m.shorts for x in short]
     parts.append(m.frame)
-    requires_grad = module.weight.requires_grad
-    flat = torch.cat([x.detach().flatten() for x in parts]).to(module.weight.dtype)
-    module.edges = nn.Parameter(flat, requires_grad=requires_grad)
+    weight = module.weight
+    missing = [k % 2 == 0 and s == 1 for k, s in zip(weight.shape[2:], geometry.stride, strict=True)]
+    if any(missing):  # an even kernel: a tap of zeros before makes it stand as far before as behind
+        weight.data = F.pad(weight.data, [int(n) for m in missing[::-1] for n in (m, 0)])
+    flat = torch.cat([x.detach().flatten() for x in parts]).to(weight.dtype)
+    module.edges = nn.Parameter(flat, requires_grad=weight.requires_grad)
     module.shapes = [[*x.shape] for x in parts]
     module.lines = [[axis, len(short)] for axis, short in zip(m.axes, m.shorts, strict=True)]
     module.steps = [
-        [*geometry.stride], pads(tuple(m.weight.shape[2:]), geometry), [*geometry.dilation],
+        [*geometry.stride], pads(tuple(weight.shape[2:]), geometry), [*geometry.dilation],
     ]  # fmt: skip
+    module.share, module.channels = share, [[], []]
+    if partition is not None:
+        given, taken = ([i for block in side for i in block] for side in partition.channels())
+        module.channels = [taken, given] if geometry.transposed else [given, taken]
 
 
 @torch.fx.wrap
@@ -35,6 +52,8 @@ def convolve_walled(
     steps: list[list[int]],
     groups: int,
     transposed: bool,
+    share: float,
+    channels: list[list[int]],
 ) -> Tensor:
     """Apply a split kernel between walls. `torch.fx` records it as one call, and TorchScript compiles it.
 
@@ -48,6 +67,8 @@ def convolve_walled(
         steps: stride, padding and dilation.
         groups: of the convolution.
         transposed: whether it is transposed.
+        share: with which edges are mended.
+        channels: that edges give, and take; none for all.
 
     Raises:
         ValueError: if the images are not divisible by the stride.
@@ -80,7 +101,17 @@ def convolve_walled(
         y = convolved_to(x, weight, stride, padding, dilation, groups, size)
     else:
         y = convolve(x, weight, stride, padding, dilation, groups)
-    y = mend(x, y, kernels, ends, shorts, parts[-1], axes, stride, dilation, transposed)
+    some = len(channels[0]) > 0
+    if some or share != 1:
+        given, taken = y, x
+        if some:
+            given = y.index_select(1, torch.tensor(channels[0], device=x.device))
+            taken = x.index_select(1, torch.tensor(channels[1], device=x.device))
+        none = torch.zeros_like(given)
+        mended = mend(taken, none, kernels, ends, shorts, parts[-1], axes, stride, dilation, transposed)
+        y = added(y, share * mended, channels[0]) if some else y + share * mended
+    else:
+        y = mend(x, y, kernels, ends, shorts, parts[-1], axes, stride, dilation, transposed)
     if bias is not None:
         y = y + bias.reshape([-1] + [1] * len(stride))
     return y.squeeze(0) if single else y
@@ -91,9 +122,9 @@ class WalledConvolution(nn.Module):
 
     It is no ``nn.Conv2d``: nothing may be folded into its weight alone, since that does not reach its
     edges. Made by ``torch.nn.utils.parametrize.remove_parametrizations`` of what
-    ``orthogonal(..., method="split", boundary="walls")`` has made. Its parameters are ``weight``, ``edges``
-    and ``bias``. They are free: training them does not keep the operator orthogonal. Assigning the weight
-    alone raises ``TypeError``, as what folds a batch norm into it does.
+    ``orthogonal(..., method="split", boundary="walls")`` or `retrofit` has made. Its parameters are
+    ``weight``, ``edges`` and ``bias``. They are free: training them does not keep the operator orthogonal.
+    Assigning the weight alone raises ``TypeError``, as what folds a batch norm into it does.
     """
 
     weight: Tensor
@@ -104,12 +135,14 @@ class WalledConvolution(nn.Module):
     steps: list[list[int]]
     groups: int
     transposed: bool
+    share: float
+    channels: list[list[int]]
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply it to images ``(batch, in, *size)`` of every size that the stride divides."""
         return convolve_walled(
             input, self.weight, self.edges, self.bias, self.shapes, self.lines, self.steps, self.groups,
-            self.transposed,
+            self.transposed, self.share, self.channels,
         )  # fmt: skip
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -134,5 +167,9 @@ class WalledConvolution(nn.Module):
         return (
             f"weight={size}, stride={stride}, padding={padding}, dilation={dilation}, "
             f"groups={self.groups}, transposed={self.transposed}, bias={self.bias is not None}, "
-            "orthogonal between walls"
+            f"{self._state()}"
         )
+
+    def _state(self) -> str:
+        part = ", in blocks" if self.channels[0] else ""
+        return f"orthogonal between walls{part}" if self.share == 1 else f"t={self.share:.3g}{part}"

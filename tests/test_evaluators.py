@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import evaluated
 from oracles import between_walls, dense, exponential_between_walls, fed, random
+from oracles import operator as matrix
 from test_conversion import make
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -24,6 +25,7 @@ from orthoconv_param import orthogonal, retrofit, set_orthogonality
 from orthoconv_param.convert import geometry_of
 from orthoconv_param.module import operator_of
 from orthoconv_param.operators import evaluate
+from orthoconv_param.operators.blended import orthogonal_part
 from orthoconv_param.operators.operator import Action, Operator
 from orthoconv_param.operators.weight import Fixed, Parametrized
 from orthoconv_param.torus.boundary import BOUNDARIES, boundary_named
@@ -82,17 +84,22 @@ def removed(module):
     return module
 
 
-def annealed(conv, x, boundary):
-    set_orthogonality(retrofit(conv, x, boundary=boundary), 0.5)
+def annealed(conv, x, boundary, method="exponential", blocks=None):
+    set_orthogonality(retrofit(conv, x, method=method, boundary=boundary, blocks=blocks), 0.5)
     return conv
 
 
-def in_blocks(conv, x, boundary):
-    """One block of channels in each group, orthogonal at once."""
+def blocks_of(conv):
+    """One block of channels in each group."""
     rows, columns = conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
-    side = max(1, min(rows, columns) - 1)
-    blocks = [(slice(g * rows, g * rows + side), slice(0, side)) for g in range(conv.groups)]
-    return retrofit(conv, x, boundary=boundary, blocks={"": blocks}, anneal=False)
+    side = min(rows, columns)
+    side -= side > 2
+    return {"": [(slice(g * rows, g * rows + side), slice(0, side)) for g in range(conv.groups)]}
+
+
+def in_blocks(conv, x, boundary, method="exponential"):
+    """Orthogonal at once."""
+    return retrofit(conv, x, method=method, boundary=boundary, blocks=blocks_of(conv), anneal=False)
 
 
 KINDS = {  # of a convolution, its domain, images of that and a boundary
@@ -113,6 +120,16 @@ KINDS = {  # of a convolution, its domain, images of that and a boundary
         orthogonal(conv, method="split", boundary=boundary)
     ),
 }
+
+
+for method in ("split", "exponential"):  # on the general way, (1 - t) W + t Q
+    KINDS |= {
+        f"way, {method}": lambda conv, domain, x, boundary, m=method: annealed(conv, x, boundary, m),
+        f"way, {method}, blocks": lambda conv, domain, x, boundary, m=method: annealed(
+            conv, x, boundary, m, blocks_of(conv)
+        ),
+        f"blocks, {method}": lambda conv, domain, x, boundary, m=method: in_blocks(conv, x, boundary, m),
+    }
 
 
 class Evaluated(nn.Module):
@@ -170,7 +187,7 @@ def fixture(kind, boundary, geometry, dtype=None):
             for i, X in enumerate(module.parameters()):
                 X.add_(0.05 * random(*X.shape, dtype=X.dtype, seed=i))
 
-    if kind.startswith("split"):
+    if "split" in kind:
         try:
             orthogonal(copy.deepcopy(conv), method="split", boundary=boundary)
         except ValueError as refused:  # one channel in a group, or a wall that cuts patches
@@ -186,10 +203,14 @@ def fixture(kind, boundary, geometry, dtype=None):
         module = KINDS[kind](conv, domain, x, boundary)
         if boundary == "walls" and operator_of(module) is None:
             pytest.skip("patches alone, which no wall cuts: torch's own convolution")
+        if boundary == "walls" and not operator_of(module).boundary.has_walls:
+            pytest.skip("sees no wall")
+        if "split" in kind and operator_of(module) is not None and operator_of(module).weight.has_generator:
+            pytest.skip("one channel in a group: the exponential")
         noted(module)
         move(module)
     every = action[0].domain is None
-    if kind.startswith("split") and boundary == "circular":  # torch pads no image by more than its size
+    if "split" in kind and boundary == "circular":  # torch pads no image by more than its size
         others = [
             n
             for n in others
@@ -249,6 +270,9 @@ def exact(subject, domain, kernel=None):
     """The matrix of an operator by its kernel alone, between walls by its factors."""
     action = subject.action
     geometry = action.geometry
+    weight = subject.operator.weight
+    if weight.is_blended and (action.boundary.has_walls or not weight.has_kernel):
+        return blended(subject, domain)
     if action.boundary.has_walls and subject.operator.weight.has_generator:
         (plain,) = subject.plain
         generator = subject.operator.weight.generator().kernel.detach()
@@ -258,7 +282,8 @@ def exact(subject, domain, kernel=None):
         options = (plain.kernel_size, plain.stride, plain.padding, plain.dilation, plain.groups)
         acting = cls(cin, out, *options, bias=False, dtype=dtype)
         acting.weight.data = generator.to(dtype)
-        M = exponential_between_walls(acting, domain)
+        coin = subject.operator.weight.generator().coin
+        M = exponential_between_walls(acting, domain, None if coin is None else coin.detach().to(dtype))
         return M.mT if geometry.transposed else M
     if action.boundary.has_walls:
         dtype = torch.float64 if kernel is None else kernel.dtype
@@ -268,6 +293,49 @@ def exact(subject, domain, kernel=None):
     oracle = ORACLES[action.boundary.name]
     M = oracle(kernel, domain, geometry.stride, geometry.groups, action.dilation, action.domain is not None)
     return M.mT if geometry.transposed else M
+
+
+def blended(subject, domain):
+    """The sum of an ordinary convolution, as torch's own module computes it, and of a share of blocks."""
+    weight, action, (plain,) = subject.operator.weight, subject.action, subject.plain
+    blend = weight.blend()
+    dtype = COMPLEX if plain.weight.is_complex() else torch.float64
+    acting = copy.deepcopy(plain).to(dtype)
+    acting.padding_mode = "circular" if action.boundary.is_periodic else "zeros"
+    kernel = torch.zeros_like(acting.weight) if blend.kernel is None else blend.kernel
+    acting.weight.data = kernel.detach().to(dtype)
+    M = pushed_through(acting, domain)
+    inner, taken, given = orthogonal_part(subject.operator, blend.partition, blend.orthogonal)
+    if weight.has_generator:
+        generator = weight.generator()
+        w = generator.kernel.detach().to(dtype)
+        cls = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[w.ndim]
+        groups = generator.geometry.groups
+        options = (plain.kernel_size, plain.stride, plain.padding, plain.dilation, groups)
+        conv = cls(w.shape[1] * groups, w.shape[0], *options, bias=False, dtype=dtype)
+        conv.weight.data = w
+        Q = exponential_between_walls(conv, domain, generator.coin.detach().to(dtype))
+    else:
+        Q = between_walls(inner, domain, dtype)
+    Q = Q.mT if action.geometry.transposed else Q
+    Q = Q if blend.share is None else blend.share.item() * Q
+    if blend.partition is None:
+        return M + Q
+    fine, size = prod(domain), prod(action.geometry.coarse(domain))
+    rows, columns = (fine, size) if action.geometry.transposed else (size, fine)
+    M = M.reshape(-1, rows, M.shape[1]).clone()
+    Q = Q.reshape(len(given), rows, len(taken), columns)
+    for i, j in enumerate(given.tolist()):
+        for k, c in enumerate(taken.tolist()):
+            M[j, :, c * columns : (c + 1) * columns] += Q[i, :, k]
+    return M.flatten(0, 1)
+
+
+def pushed_through(module, domain):
+    """The matrix of one of torch's own modules, its bias aside."""
+    with torch.no_grad():
+        module.bias.zero_()
+    return matrix(module, domain)
 
 
 def pushed(function, subject, domain):
@@ -293,8 +361,10 @@ def ways(*kinds):
 
     def exists(boundary, kind):
         if boundary == "walls":
-            return kind == "any" or kind.startswith("split")
-        return boundary == "circular" or not kind.startswith("split")
+            return kind == "any" or kind.startswith(("split", "way", "blocks, "))
+        if kind.startswith(("way, exponential", "blocks, exponential")):
+            return False  # by polar factors: see "annealed" and "blocks"
+        return boundary == "circular" or "split" not in kind
 
     return [(b, k) for b in BOUNDARIES for k in kinds if exists(b, k)]
 
@@ -306,7 +376,10 @@ def slow_if(condition, *values):
 def able(boundary, kind):
     """Evaluators of the operators of a kind with a boundary, whatever their cost: see `CANNOT`."""
     if boundary == "walls":
+        on_general_way = kind.startswith(("way", "blocks"))
         names = {"series"} if kind == "any" else {"chained"}
+        if on_general_way:
+            names = {"chained", "blended", "mended"} if "split" in kind else {"series", "blended"}
     else:
         names = {"direct", "spectral"} | ({"series"} if (boundary, kind) == ("circular", "any") else set())
     return [e for e in evaluate.EVALUATORS if e.name in names]
@@ -314,7 +387,7 @@ def able(boundary, kind):
 
 def skip_unless_able(evaluator, subject, domain):
     if evaluator.name not in ALWAYS_ABLE and not subject.by(evaluator).can(domain):
-        pytest.skip("dilation permutes the phases of a stride: it is another generator's series")
+        pytest.skip("another kind of geometry, as dilation that permutes the phases of a stride")
 
 
 OFTEN = ("any", "given", "split")
@@ -353,7 +426,7 @@ def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(bound
         assert costs[evaluate.choose(acting, domain, 2).name] == least
         M = pushed(lambda x, n=domain: evaluate.evaluate(acting, x, n), subject, domain)
         close(M, exact(subject, domain))
-        if operator_of(module) is None and kind.startswith("split"):
+        if operator_of(module) is None and "split" in kind:
             continue  # torch's own, whose taps may stand elsewhere
         x = images(subject, domain)
         bias = module.bias.reshape(-1, *(1,) * len(domain))
@@ -361,7 +434,8 @@ def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(bound
 
 
 # What these cannot they never pay for, or cannot be exported: what they compute is right there too.
-ALWAYS_ABLE = {"direct", "spectral", "chained"}
+ALWAYS_ABLE = {"direct", "spectral"}
+BETWEEN_WALLS = {"chained", "blended", "mended"}
 # Situations, and the evaluators whose cost is infinite there: of every other it is finite.
 CANNOT = {
     ("any", "2d", (30, 30)): set(),
@@ -383,7 +457,7 @@ CANNOT = {
 @pytest.mark.parametrize("evaluator", evaluate.EVALUATORS, ids=lambda e: e.name)
 def test_its_cost_is_infinite_exactly_where_it_cannot(evaluator, boundary, kind, geometry, domain):
     subject, _ = fixture(kind, boundary, geometry)
-    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain] or evaluator.name == "chained"
+    cannot = (evaluator.name, boundary) in CANNOT[kind, geometry, domain] or evaluator.name in BETWEEN_WALLS
     if evaluator.name == "series":
         cannot = (kind, boundary) != ("any", "circular")
     for batch in (0, 1, 1000):
@@ -514,6 +588,8 @@ def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geo
     subject, domains = fixture(kind, boundary, geometry)
     skip_unless_able(evaluator, subject, domains[0])
     for domain in domains:
+        if evaluator.name not in ALWAYS_ABLE and not subject.by(evaluator).can(domain):
+            continue
         x = images(subject, domain, batch=3)
         state = subject.by(evaluator).prepare(domain)
         y = evaluator.apply(state, x)
@@ -553,11 +629,57 @@ def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geomet
 @every_way
 def test_half_precision_is_as_exact_as_its_rounding(evaluator, boundary, kind, geometry, dtype):
     subject, domains = fixture(kind, boundary, geometry, torch.float32)
+    skip_unless_able(evaluator, subject, domains[0])
     subject = copy.deepcopy(subject).to(dtype).by(evaluator)
     for domain in domains:
+        if evaluator.name not in ALWAYS_ABLE and not subject.can(domain):
+            continue
         x = images(subject, domain)
         y = subject(x)
         assert y.dtype == dtype
         M = exact(subject, domain, subject.module.weight.detach().double())
         expected = (x.double().flatten(1) @ M.mT).reshape(y.shape)
         close(y.double(), expected, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
+BLOCKS = {
+    "alike": [(slice(2 * i, 2 * i + 2), slice(1, 3)) for i in range(4)],
+    "apart": [(slice(4, 6), slice(1, 3)), (slice(0, 2), slice(4, 6)), (slice(6, 8), slice(1, 3))],
+    "several in a row": [
+        (slice(4, 6), slice(1, 3)),
+        (slice(4, 6), slice(4, 6)),
+        (slice(1, 3), slice(2, 4)),
+    ],
+    "frames": [(slice(0, 2), slice(0, 4)), (slice(5, 7), slice(0, 4))],
+    "whole": None,
+}
+
+
+@pytest.mark.parametrize("t", [0.4, 1])
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize(
+    "kernel", [(3, 3), (5, 3), (1, 5), slow_if(True, (5, 5)), slow_if(True, (7, 3)), slow_if(True, (3, 1))]
+)
+def test_one_convolution_is_what_two_parts_are(kernel, blocks, t):
+    """On images of any shape: wide ones, tall ones, and so small that walls are near each other."""
+    torch.manual_seed(0)
+    padding = tuple(k // 2 for k in kernel)
+    conv = nn.Conv2d(6, 8, kernel, padding=padding, dtype=torch.float64)
+    pairs = BLOCKS[blocks]
+    retrofit(conv, random(1, 6, 6, 5), blocks=None if pairs is None else {"": pairs})
+    set_orthogonality(conv, t, final=t == 1 and pairs is not None)
+    with torch.no_grad():
+        for X in conv.parameters():
+            X.add_(0.2 * torch.randn_like(X))
+    one, two = (e for name in ("mended", "blended") for e in evaluate.EVALUATORS if e.name == name)
+    tried = 0
+    for domain in ((6, 5), (4, 9), (6, 6), (2, 3), (1, 7)):
+        if one.cost(conv.operator, domain, 2) == inf:
+            continue
+        x, tried = random(2, 6, *domain).requires_grad_(), tried + 1
+        found = []
+        for evaluator in (one, two):
+            y = evaluator.apply(evaluator.prepare(conv.operator, domain), x, conv.bias)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *conv.parameters()])])
+        close(*found)
+    assert tried > 1

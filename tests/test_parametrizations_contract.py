@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from orthoconv_param import ConvExponential, SplitExponential
 from orthoconv_param.parametrizations.annealed import Annealed
 from orthoconv_param.parametrizations.blocks import Blocks
+from orthoconv_param.parametrizations.partition import Partition
 from orthoconv_param.parametrizations.registered import Registered
 
 close = torch.testing.assert_close
@@ -62,7 +63,8 @@ def blocks_of(size, groups):
 def in_blocks(exponential):
     def make(size, stride, groups):
         blocks = blocks_of(size, groups)
-        return Blocks(exponential(domain_of(size), stride=stride, groups=len(blocks)), blocks, size, groups)
+        made = exponential(domain_of(size), stride=stride, groups=len(blocks))
+        return Blocks(made, Partition(blocks, size, groups))
 
     return make
 

@@ -20,12 +20,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import runtime
 from ..matrices import by_hand
-from ..torus.geometry import convolve
+from ..torus.geometry import convolve, wrapped
 
 _CACHED_BYTES = 2**21  # of images that go through all terms at once, on a CPU
 _KEPT_BYTES = 2**24  # of one phi, above which none is kept for the backward pass
@@ -78,7 +77,7 @@ def times(B: list[Tensor], x: Tensor, step: Step) -> Tensor:
     """
     low, groups = x.to(B[0].dtype), step.groups
     if len(step.surround) > 0:
-        low = F.pad(low, step.surround, mode="circular")
+        low = wrapped(low, step.surround)
     ones = [1] * len(step.padding)
     y = convolve(low, B[0], ones, step.padding, step.dilation, groups)
     if len(B) > 1:

@@ -26,8 +26,10 @@ class Chained:
     name = "chained"
 
     def cost(self, operator: Operator, domain: Size, batch: int) -> float:
-        """Return 0 between walls, if no generator is exponentiated there; infinity elsewhere."""
-        return 0.0 if operator.boundary.has_walls and not operator.weight.has_generator else inf
+        """Return 0 between walls, if factors are all that there is; infinity elsewhere."""
+        weight = operator.weight
+        blended = weight.has_generator or weight.is_blended
+        return 0.0 if operator.boundary.has_walls and not blended else inf
 
     def prepare(self, operator: Operator, domain: Size) -> Prepared:
         """Compute the factors.

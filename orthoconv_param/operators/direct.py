@@ -25,7 +25,8 @@ class Direct:
     def cost(self, operator: Operator, domain: Size, batch: int) -> float:
         """Return its estimated time: see Note [cost model]. Infinite where it never pays."""
         taps, geometry = operator.weight.taps, operator.geometry
-        if taps is None or operator.boundary.has_walls or operator.wraps(domain):
+        weight = operator.weight
+        if taps is None or operator.boundary.has_walls or not weight.has_kernel or operator.wraps(domain):
             return inf
         if operator.action.domain is not None:
             # as many taps as the domain has points never pay; a single tap, or its phases, always does

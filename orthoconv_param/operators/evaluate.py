@@ -9,8 +9,10 @@ from torch import Tensor
 from .. import runtime
 from ..checks import Size
 from ..torus.geometry import sized
+from .blended import Blended
 from .chained import Chained
 from .direct import Direct
+from .mended import Mended
 from .operator import Operator
 from .series import Series
 from .spectral import Spectral
@@ -36,7 +38,7 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Series(), Chained())
+EVALUATORS: tuple[Evaluator, ...] = (Direct(), Spectral(), Series(), Chained(), Blended(), Mended())
 
 
 def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:

@@ -43,7 +43,9 @@ class Series:
     def cost(self, operator: Operator, domain: Size, batch: int) -> float:
         """Return its estimated time: see Note [cost model]. Infinite where nothing is exponentiated."""
         action, weight = operator.action, operator.weight
-        if action.boundary.has_walls:
+        if weight.is_blended:
+            return inf
+        if action.boundary.has_walls or not weight.has_kernel:
             return 0.0 if weight.has_generator else inf
         geometry, effort = action.geometry, weight.effort
         # dilation permutes the phases of a stride, which makes another generator
@@ -71,7 +73,9 @@ class Series:
         step = recurrence.Step([*layout.padding], [*layout.dilation], layout.groups, [])
         if not action.boundary.has_walls:
             reduced = None
-            dilation = tuple(a * r for a, r in zip(layout.dilation, action.dilation, strict=True))
+            # a compact kernel is of undilated taps where it may be
+            outer = action.dilation if operator.weight.has_kernel else (1,) * action.geometry.axes
+            dilation = tuple(a * r for a, r in zip(layout.dilation, outer, strict=True))
             grid = action.geometry.coarse(domain)
             if any(r * (k - 1) >= n for k, r, n in zip(layout.taps, dilation, grid, strict=True)):
                 B, dilation = [fold(b, grid, dilation) for b in B], (1,) * len(grid)

@@ -32,7 +32,9 @@ class Spectral:
     def cost(self, operator: Operator, domain: Size, batch: int) -> float:
         """Return its estimated time: see Note [cost model]. Infinite where it cannot be exported."""
         weight, geometry = operator.weight, operator.geometry
-        if operator.boundary.has_walls or (runtime.is_exported_directly() and not weight.has_matrices):
+        if operator.boundary.has_walls or not weight.has_kernel:
+            return inf
+        if runtime.is_exported_directly() and not weight.has_matrices:
             return inf
         out, inner = geometry.size[:2]
         points, kernels = prod(domain), out * inner

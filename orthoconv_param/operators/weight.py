@@ -1,7 +1,7 @@
 """Where an operator's matrices come from: a parametrization, or a kernel that is simply there."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,14 +10,32 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .. import runtime
 from ..action.generator import Generator
 from ..checks import Size
-from ..parametrizations.blocks import Blocks
+from ..parametrizations.annealed import Interpolating
+from ..parametrizations.blocks import Blocks, Made
 from ..parametrizations.exponential import ConvExponential
+from ..parametrizations.partition import Partition
 from ..parametrizations.split import SplitExponential
 from ..parametrizations.walled import WalledGenerator
 from ..split.chain import Chain, Factors
 from ..torus.lattice import Lattice
 
 _OURS = (ConvExponential, Blocks, SplitExponential, WalledGenerator)
+
+
+class Blend(NamedTuple):
+    """An ordinary convolution, and a share of an orthogonal operator that acts on all or some channels.
+
+    Args:
+        kernel: of the ordinary convolution, ``(out, in/groups, *taps)``; None if there is none.
+        share: how much of the orthogonal operator; None for all.
+        partition: the channels that it joins; None for all.
+        orthogonal: where the orthogonal operator's matrices come from.
+    """
+
+    kernel: Tensor | None
+    share: Tensor | None
+    partition: Partition | None
+    orthogonal: "Weight"
 
 
 class Weight(Protocol):
@@ -36,6 +54,11 @@ class Weight(Protocol):
     @property
     def taps(self) -> Size | None:
         """Return the taps of the kernel; None if they are known only once it is computed."""
+        ...
+
+    @property
+    def has_kernel(self) -> bool:
+        """Return False if `kernel` is a generator, and no kernel of what the module does."""
         ...
 
     @property
@@ -72,8 +95,22 @@ class Weight(Protocol):
         """Return what is exponentiated on images of every size; None if the kernel is something else."""
         ...
 
+    @property
+    def chain(self) -> Chain | None:
+        """Return of which factors a split kernel is the product; None of any other."""
+        ...
+
     def factors(self) -> tuple[Chain, Factors] | None:
         """Compute the factors of a split kernel; None of any other."""
+        ...
+
+    @property
+    def is_blended(self) -> bool:
+        """Return True if there is more than what generator or factors make: see `blend`."""
+        ...
+
+    def blend(self) -> Blend | None:
+        """Return what there is besides; None if nothing."""
         ...
 
 
@@ -101,6 +138,11 @@ class Fixed:
     def taps(self) -> Size | None:
         """Return its taps."""
         return tuple(self.tensor.shape[2:])
+
+    @property
+    def has_kernel(self) -> bool:
+        """Return True."""
+        return True
 
     @property
     def has_matrices(self) -> bool:
@@ -133,7 +175,21 @@ class Fixed:
         """Return None."""
         return None
 
+    @property
+    def chain(self) -> Chain | None:
+        """Return None."""
+        return None
+
     def factors(self) -> tuple[Chain, Factors] | None:
+        """Return None."""
+        return None
+
+    @property
+    def is_blended(self) -> bool:
+        """Return False."""
+        return False
+
+    def blend(self) -> Blend | None:
         """Return None."""
         return None
 
@@ -173,10 +229,10 @@ class Parametrized:
         return only if isinstance(only, _OURS) else None
 
     @property
-    def exponential(self) -> ConvExponential | Blocks | None:
-        """Return the parametrization if it alone makes the kernel, and from matrices."""
+    def inner(self) -> Made | None:
+        """Return `only`, or of blocks the parametrization that makes them."""
         only = self.only
-        return only if isinstance(only, (ConvExponential, Blocks)) else None
+        return only.exponential if isinstance(only, Blocks) else only
 
     @property
     def taps(self) -> Size | None:
@@ -185,9 +241,14 @@ class Parametrized:
         return None if only is None else only.taps
 
     @property
+    def has_kernel(self) -> bool:
+        """Return True unless the weight, or blocks of it, are a generator."""
+        return not isinstance(self.inner, WalledGenerator)
+
+    @property
     def has_matrices(self) -> bool:
         """Return True if a parametrization alone makes the kernel, and from matrices."""
-        return self.exponential is not None
+        return isinstance(self.inner, ConvExponential)
 
     def kernel(self) -> Tensor:
         """Compute the kernel."""
@@ -200,24 +261,22 @@ class Parametrized:
 
     def reads_more_of(self, images: Size) -> bool:
         """Ask the parametrization."""
-        exponential = self.exponential
-        return exponential is not None and exponential.reads_more_of(images)
+        only = self.only
+        return isinstance(only, (ConvExponential, Blocks)) and only.reads_more_of(images)
 
     def spectrum(self, images: Size | None, dilation: Size) -> tuple[Lattice, Tensor] | None:
         """Ask the parametrization."""
-        exponential, tensors = self.exponential, self.tensors
-        if exponential is None:
-            return None
-        if isinstance(exponential, Blocks):
-            return exponential.spectrum(tensors, images, dilation)
-        return exponential.spectrum(tensors[0], images, dilation)
+        only, tensors = self.only, self.tensors
+        if isinstance(only, Blocks) and self.has_matrices:
+            return only.spectrum(tensors, images, dilation)
+        return only.spectrum(tensors[0], images, dilation) if isinstance(only, ConvExponential) else None
 
     @property
     def has_generator(self) -> bool:
         """Return True if the parametrization exponentiates on images of every size."""
-        only = self.only
-        return isinstance(only, WalledGenerator) or (
-            isinstance(only, ConvExponential) and only.domain == "any"
+        inner = self.inner
+        return isinstance(inner, WalledGenerator) or (
+            isinstance(inner, ConvExponential) and inner.domain == "any"
         )
 
     @property
@@ -228,17 +287,58 @@ class Parametrized:
 
     def generator(self) -> Generator | None:
         """Ask the parametrization."""
-        only = self.only
-        if not isinstance(only, (WalledGenerator, ConvExponential)) or not self.has_generator:
+        inner = self.inner
+        if not isinstance(inner, (WalledGenerator, ConvExponential)) or not self.has_generator:
             return None
-        return only.generator(self.tensors[0])
+        return inner.generator(self.tensors[0])
+
+    @property
+    def chain(self) -> Chain | None:
+        """Ask the parametrization."""
+        inner = self.inner
+        return inner.chain_or_raise() if isinstance(inner, SplitExponential) else None
 
     def factors(self) -> tuple[Chain, Factors] | None:
         """Ask the parametrization."""
-        only = self.only
-        if not isinstance(only, SplitExponential):
+        inner = self.inner
+        if not isinstance(inner, SplitExponential):
             return None
-        return only.chain_or_raise(), only.factors(self.tensors[0])
+        return inner.chain_or_raise(), inner.factors(self.tensors[0])
+
+    @property
+    def is_blended(self) -> bool:
+        """Return True if generator or factors make some blocks only, or are on the way."""
+        only, inner = self.only, self.inner
+        if isinstance(inner, ConvExponential):
+            return False
+        return isinstance(only, Blocks) or (isinstance(inner, Interpolating) and inner.t is not None)
+
+    def blend(self) -> Blend | None:
+        """Compute the ordinary convolution."""
+        only, inner = self.only, self.inner
+        if not self.is_blended:
+            return None
+        share, kernel, partition = None, None, None
+        dtype = torch.promote_types(self.tensors[0].dtype, torch.float32)
+        if isinstance(inner, Interpolating):
+            share, kernel = inner.t, inner.pretrained_share(dtype)
+        if isinstance(only, Blocks):
+            partition, rest = only.partition, self.tensors[1:]
+            if kernel is None and rest:
+                kernel = rest[0].new_zeros(*partition.part[:2], *rest[0].shape[2:], dtype=dtype)
+            if kernel is not None:
+                kernel = partition.assembled(kernel, rest[0] if rest else None)
+        return Blend(kernel, share, partition, Unblended(self.stack))
+
+
+@dataclass(frozen=True)
+class Unblended(Parametrized):
+    """The orthogonal part of a blend."""
+
+    @property
+    def is_blended(self) -> bool:
+        """Return False."""
+        return False
 
 
 def _precise(kernel: Tensor, dtype: torch.dtype) -> Tensor:

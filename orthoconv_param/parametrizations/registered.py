@@ -101,15 +101,19 @@ class Registered(nn.Module, ABC):
         """Say in what a checkpoint is of something else; None if in nothing that it tells."""
         keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         known = {*runtime.buffers_of(self), runtime.EXTRA_STATE}
-        unknown = ", ".join(sorted(key for key in keys if key not in known))
+        unknown = [key for key in keys if key not in known]
         if unknown:
-            return (
-                f"the checkpoint should be of a convolution without {unknown}, which one has on its way to "
-                "orthogonality. Save it after set_orthogonality(model, 1, final=True), or load it into a "
-                "model that has been retrofitted in the same way. Found these"
-            )
+            return self.on_its_way(unknown)
         there = signature.decode(state_dict.get(prefix + runtime.EXTRA_STATE))
         return signature.difference({} if self.geometry is None else self.signature(), there)
+
+    def on_its_way(self, keys: list[str]) -> str:
+        """Say that a checkpoint has what this does not take."""
+        return (
+            f"the checkpoint should be of a convolution without {', '.join(sorted(keys))}, which one has "
+            "on its way to orthogonality. Save it after set_orthogonality(model, 1, final=True), or load "
+            "it into a model that has been retrofitted in the same way. Found these"
+        )
 
     def get_extra_state(self) -> Tensor:
         """Return what a checkpoint is of."""

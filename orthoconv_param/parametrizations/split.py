@@ -238,7 +238,7 @@ class SplitExponential(Registered):
                 return logarithms(chain, X, base, self.triv).to(W.dtype), {}
             except ValueError as error:
                 raise InManifoldError(W, f"the image of {self}: {error}") from error
-        return X.to(W.dtype), {"base": _as_reals(base).to(at_least_single(W).dtype.to_real())}
+        return X.to(W.dtype), {"base": self._base_of(base, W)}
 
     def loaded(self, generator: Tensor) -> None:
         """Take note of a generator that has been loaded: nothing follows from it."""
@@ -258,12 +258,23 @@ class SplitExponential(Registered):
         if X is None or self.geometry is None or X.is_meta or tuple(W.shape) != self.geometry.size:
             return None
         X = X.detach()
-        error = (kernel(chain, self.factors(X)).to(W.dtype) - W).abs().amax()
-        if not error <= 8 * torch.finfo(W.dtype).eps:
+        if not self._is_near(kernel(chain, self.factors(X)), _fitting(W, chain)):
             return None
-        X = X.to(_double(W))
+        return self._folded(X, W)
+
+    def _is_near(self, Q: Tensor, W: Tensor) -> bool:
+        """Return True if a kernel equals a weight but for rounding."""
+        return bool((Q.to(W.dtype) - W).abs().amax() <= 8 * torch.finfo(W.dtype).eps)
+
+    def _folded(self, X: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a generator and its bases in double precision, the coins in the bases."""
+        chain, X = self.chain_or_raise(), X.to(_double(W))
         bases = self._bases(X)
         return folded(chain, X, identities(chain, X) if bases is None else bases, self.triv)
+
+    def _base_of(self, base: Tensor, W: Tensor) -> Tensor:
+        """Return bases as the buffer holds them."""
+        return _as_reals(base).to(at_least_single(W).dtype.to_real())
 
     def chain_or_raise(self) -> Chain:
         """Return of which factors the kernel is the product.
@@ -404,7 +415,7 @@ class SplitExponential(Registered):
 
     def _loaded_or_moved(self, moved: bool) -> None:
         """Forget what was given: it may be of another dtype, or on another device."""
-        self.given = runtime.LastGiven()
+        self.given.forget()
 
 
 def _double(W: Tensor) -> torch.dtype:

@@ -163,7 +163,8 @@ class WalledGenerator(Registered):
             self._follow(W)
             return generator
         generator, buffers = self.preimage(W)
-        self.base = buffers.get("base")
+        for name, value in buffers.items():
+            setattr(self, name, value)
         self.geometry, self._reference = self._placed, W.new_empty(0)
         self._follow(torch.zeros_like(W) if self.has_base else W)
         return generator

@@ -89,7 +89,8 @@ def convolved_to(
 def zero_padded(x: Tensor, kernel: Tensor, axis: int, dilation: list[int], groups: int) -> Tensor:
     """Return the zero-padded convolution of a line along its axis of space."""
     r = dilation[axis]
-    x = x.movedim(axis + 2, -1).movedim(1, -2)  # channels and axis last
+    last = x.dim() - 1  # (an exporter to ONNX takes no negative axes)
+    x = x.movedim(axis + 2, last).movedim(1, last - 1)  # channels and axis last
     shape, count = list(x.shape), 1
     for n in shape[:-2]:
         count *= n
@@ -98,7 +99,7 @@ def zero_padded(x: Tensor, kernel: Tensor, axis: int, dilation: list[int], group
     y = torch.conv1d(lines, kernel, None, [1], padding, [r], groups)
     size = shape[:-2]
     size.extend([rows, shape[-1]])
-    return y.reshape(size).movedim(-2, 1).movedim(-1, axis + 2)
+    return y.reshape(size).movedim(last - 1, 1).movedim(last, axis + 2)
 
 
 def at_ends(strips: Tensor, matrices: Tensor, axis: int, dilation: int) -> Tensor:
@@ -144,12 +145,16 @@ def both(strips: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     return strips.narrow(0, 0, batch), strips.narrow(0, batch, batch)
 
 
-def put(y: Tensor, strips: Tensor, axis: int) -> None:
-    """Add strips to the first and the last pixels of images."""
+def put(y: Tensor, strips: Tensor, axis: int) -> Tensor:
+    """Return images with strips added to the first and the last pixels."""
     at, width = axis + 2, strips.size(axis + 2)
     first, last = both(strips, y.size(0))
-    y.narrow(at, 0, width).add_(first)
-    y.narrow(at, y.size(at) - width, width).add_(last)
+    rest = y.size(at) - width
+    after = [0, 0] * (y.dim() - 1 - at)
+    before = after[:]
+    after.extend([0, rest])
+    before.extend([rest, 0])
+    return y + F.pad(first, after) + F.pad(last, before)
 
 
 def between(
@@ -160,8 +165,7 @@ def between(
     n, r = x.size(axis + 2), dilation[axis]
     width = len(shorts) * r
     if n >= width:
-        put(y, at_ends(take(x, axis, width), ends, axis, r), axis)
-        return y
+        return put(y, at_ends(take(x, axis, width), ends, axis, r), axis)
     for first in range(min(r, n)):
         index = torch.arange(first, n, r, device=x.device)
         part = x.index_select(axis + 2, index)
@@ -187,15 +191,17 @@ def take_fine(x: Tensor, axis: int, width: int, frame: Tensor, stride: list[int]
     return torch.cat([first.narrow(at, 0, width), last.narrow(at, last.size(at) - width, width)])
 
 
-def put_coarse(y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list[int], groups: int) -> None:
-    """Add strips on the fine grid to images on the coarse one."""
+def put_coarse(
+    y: Tensor, strips: Tensor, axis: int, frame: Tensor, stride: list[int], groups: int
+) -> Tensor:
+    """Return images on the coarse grid with strips on the fine one added."""
     missing = -strips.size(axis + 2) % stride[axis]
     to_first, to_last = [0, 0] * (len(stride) - axis - 1), [0, 0] * (len(stride) - axis - 1)
     to_first.extend([0, missing])
     to_last.extend([missing, 0])
     first, last = both(strips, y.size(0))
     padded = torch.cat([F.pad(first, to_first), F.pad(last, to_last)])
-    put(y, patched(padded, frame, stride, groups, False), axis)
+    return put(y, patched(padded, frame, stride, groups, False), axis)
 
 
 def through(
@@ -242,7 +248,7 @@ def mend(
     dilation: list[int],
     transposed: bool,
 ) -> Tensor:
-    """Return ``y``, the zero-padded convolution of ``x``, with what its edges take; it may be changed.
+    """Return ``y``, the zero-padded convolution of ``x``, with what its edges take.
 
     Args:
         x: images, ``(batch, channels, *size)``.
@@ -269,9 +275,9 @@ def mend(
                 part = take(x, axis, width)
             part = through(part, ends[i], i, r, kernels, ends, shorts, axes, dilation)
             if patches and not transposed:
-                put_coarse(y, part, axis, frame, stride, groups)
+                y = put_coarse(y, part, axis, frame, stride, groups)
             else:
-                put(y, part, axis)
+                y = put(y, part, axis)
             continue
         whole = patched(x, frame, stride, groups, True) if patches and transposed else x
         for first in range(min(r, n)):

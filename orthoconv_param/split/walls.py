@@ -38,8 +38,8 @@ class Walled(NamedTuple):
     short: tuple[Tensor, ...]
 
 
-def between_walls(line: Line) -> Walled:
-    """Return what a line does between walls."""
+def between_walls(line: Line, with_short: bool = True) -> Walled:
+    """Return what a line does between walls; without what lines as short as the ends do, if so asked."""
     A, B = slice(line.half), slice(line.half, None)
     K = line.right.unsqueeze(2)
     first = last = K.new_zeros(*K.shape[:2], 0, 0, K.shape[3])
@@ -48,8 +48,8 @@ def between_walls(line: Line) -> Walled:
         last = _end(last, K.flip(2), pair, coin, A, B)
         K = joined(K, pair, coin)
     ends = torch.stack([_matrix(first), _matrix(last.flip(2, 3))])
-    short = tuple(_matrix(_short(line, K, n)) for n in range(1, len(line.pairs) + 1))
-    return Walled(line.axis, K, ends, short)
+    sizes = range(1, len(line.pairs) + 1) if with_short else ()
+    return Walled(line.axis, K, ends, tuple(_matrix(_short(line, K, n)) for n in sizes))
 
 
 def _end(E: Tensor, K: Tensor, pair: Tensor, coin: Tensor, alone: slice, joint: slice) -> Tensor:

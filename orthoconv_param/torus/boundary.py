@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..checks import Size
-from .geometry import Geometry, convolve, convolve_transposed
+from .geometry import Geometry, convolve, convolve_as_torch, convolve_transposed, folded, wrapped
 from .lattice import Placement, centre
 from .phases import spread
 
@@ -65,6 +65,10 @@ class Boundary(ABC):
             dilation: of the kernel.
             on_torus: see the module.
         """
+
+    @abstractmethod
+    def convolve_ordinary(self, x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
+        """Apply a kernel whose taps stand where the geometry says, as torch's module does."""
 
     @abstractmethod
     def is_torchs(
@@ -130,6 +134,18 @@ class Circular(Boundary):
         y = convolve_transposed(x, kernel, [*stride], none, rest, [*dilation], groups)
         return cut(y, domain, start)
 
+    def convolve_ordinary(self, x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
+        """Apply a kernel around the torus; of the transpose, fold what leaves it."""
+        stride, dilation, none = [*geometry.stride], [*geometry.dilation], [0] * geometry.axes
+        origin = geometry.placement.origin
+        if not geometry.transposed:
+            after = geometry.placement.after(geometry.taps)
+            sides = [n for side in zip(origin[::-1], after[::-1], strict=True) for n in side]
+            return convolve(wrapped(x, sides), kernel, stride, none, dilation, geometry.groups)
+        y = convolve_transposed(x, kernel, stride, none, none, dilation, geometry.groups)
+        size = [n * s for n, s in zip(x.shape[2:], stride, strict=True)]
+        return folded(y, size, [*origin])
+
     def is_torchs(
         self, taps: Size, geometry: Geometry, dilation: Size, domain: Size | None, smallest: Size | None
     ) -> bool:
@@ -183,6 +199,13 @@ class Zeros(Boundary):
             return convolve(x, kernel, [*stride], padding, [*dilation], groups)
         rest = [s - 1 for s in stride]
         return convolve_transposed(x, kernel, [*stride], padding, rest, [*dilation], groups)
+
+    def convolve_ordinary(self, x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
+        """Apply a kernel by torch's zero padding."""
+        before, dilation = [*geometry.placement.origin], [*geometry.dilation]
+        return convolve_as_torch(
+            x, kernel, [*geometry.stride], before, dilation, geometry.groups, geometry.transposed
+        )
 
     def is_torchs(
         self, taps: Size, geometry: Geometry, dilation: Size, domain: Size | None, smallest: Size | None

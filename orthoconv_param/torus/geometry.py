@@ -10,6 +10,7 @@ from math import gcd, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import Size, per_axis
@@ -112,6 +113,11 @@ class Geometry:
         """Channels that it takes."""
         return self.size[0] if self.transposed else self.size[1] * self.groups
 
+    @property
+    def given(self) -> int:
+        """Channels that it gives."""
+        return self.size[1] * self.groups if self.transposed else self.size[0]
+
     def lattice(self, domain: Size) -> Lattice:
         """Return the torus of this size for kernels of this geometry."""
         return Lattice(domain, self.stride, self.groups, self.is_complex)
@@ -195,6 +201,88 @@ def convolve_transposed(
     if len(stride) == 2:
         return torch.conv_transpose2d(x, kernel, None, stride, padding, rest, groups, dilation)
     return torch.conv_transpose3d(x, kernel, None, stride, padding, rest, groups, dilation)
+
+
+def convolve_as_torch(
+    x: Tensor,
+    kernel: Tensor,
+    stride: list[int],
+    before: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """Do what torch's zero-padded module does with a kernel that keeps the size. TorchScript compiles this.
+
+    Args:
+        x: images, ``(batch, channels, *size)``.
+        kernel: of the convolution.
+        stride: of it.
+        before: how far before the output's position its first tap stands.
+        dilation: of it.
+        groups: of it.
+        transposed: whether the transpose is applied.
+    """
+    axes = len(stride)
+    rest, more = [0] * axes, [0, 0] * axes
+    for axis in range(axes):
+        span = dilation[axis] * (kernel.size(axis + 2) - 1)
+        rest[axis] = stride[axis] - 1 + 2 * before[axis] - span
+        if stride[axis] == 1:  # an even kernel stands further behind than before
+            more[2 * (axes - axis) - 1] = span - 2 * before[axis]
+    if transposed:
+        return convolve_transposed(x, kernel, stride, before, rest, dilation, groups)
+    if max(more) > 0:
+        x = F.pad(x, more)
+    return convolve(x, kernel, stride, before, dilation, groups)
+
+
+def wrapped(x: Tensor, sides: list[int]) -> Tensor:
+    """Return images of any size, continued around the torus. TorchScript compiles this.
+
+    Args:
+        x: images, ``(batch, channels, *size)``.
+        sides: samples before and after them, of the last axis first, as ``F.pad`` takes them.
+    """
+    for axis in range(len(sides) // 2):
+        at, before, after = x.dim() - 1 - axis, sides[2 * axis], sides[2 * axis + 1]
+        n = x.size(at)
+        if before + after > 0:
+            x = x.index_select(at, torch.arange(-before, n + after, device=x.device) % n)
+    return x
+
+
+def folded(y: Tensor, size: list[int], first: list[int]) -> Tensor:
+    """Return images around a torus of what lies beyond them too. TorchScript compiles this.
+
+    Args:
+        y: images, ``(batch, channels, *larger)``.
+        size: of the torus.
+        first: where on ``y`` the torus' first sample is.
+    """
+    for axis in range(len(size)):
+        at, n = axis + 2, size[axis]
+        index = (torch.arange(y.size(at), device=y.device) - first[axis]) % n
+        shape = list(y.shape)
+        shape[at] = n
+        y = y.new_zeros(shape).index_add(at, index, y)
+    return y
+
+
+def added(y: Tensor, part: Tensor, channels: list[int]) -> Tensor:
+    """Return images with a part added to some channels. TorchScript compiles this.
+
+    (Channels that follow one another are cut out: exporters to ONNX take ``index_add`` of all for a copy.)
+    """
+    first, count = channels[0], len(channels)
+    follow = True
+    for i in range(count):
+        follow = follow and channels[i] == first + i
+    if not follow:
+        return y.index_add(1, torch.tensor(channels, device=y.device), part)
+    parts = [y.narrow(1, 0, first), y.narrow(1, first, count) + part]
+    parts.append(y.narrow(1, first + count, y.size(1) - first - count))
+    return torch.cat(parts, 1)
 
 
 def per_channel(bias: Tensor, x: Tensor) -> Tensor:
