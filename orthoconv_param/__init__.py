@@ -13,6 +13,7 @@ from .matrices.expm import expm_skew
 from .models import generators
 from .parametrizations.exponential import ConvExponential
 from .parametrizations.split import SplitExponential
+from .recurrent import recurrent_blocks
 from .retrofitting import retrofit, set_orthogonality
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "orthogonality_defect",
     "plot_gradient_norms",
     "plot_spectrum",
+    "recurrent_blocks",
     "report",
     "retrofit",
     "set_orthogonality",

@@ -8,6 +8,7 @@ domain: on a larger one its kernel is another operator.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from geotorch.exceptions import InManifoldError
@@ -300,24 +301,27 @@ def spectral_conv(
     return circular.spectral_conv(x, spectrum, lattice, transposed).to(dtype)
 
 
-def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slice, slice]]:
+def gate_blocks(
+    hidden: int, gates: int = 4, inputs: int = 0, order: Literal["xh", "hx"] = "xh"
+) -> list[tuple[slice, slice]]:
     """Return the hidden-to-hidden blocks of a recurrent cell's stacked weight, for `retrofit`.
 
     The weight is of size ``(gates * hidden, inputs + hidden, *taps)``. It gives one gate after another.
-    Each gate reads the input's channels followed by the state's.
+    Each gate reads the input's channels and the state's. `recurrent_blocks` finds the blocks of a model.
 
     Args:
         hidden: channels of the state.
         gates: how many are stacked: 4 for a ConvLSTM; for a ConvGRU 3, or 2 and 1 where the candidate has
             a convolution of its own.
-        inputs: channels of the input, which come before the state's; 0 for a convolution of the state
-            alone.
+        inputs: channels of the input; 0 for a convolution of the state alone.
+        order: ``"xh"`` if the input's channels come before the state's, as in ``torch.cat([x, h], 1)``;
+            ``"hx"`` if after.
 
     Returns:
         A pair of slices ``(out, in)`` for each gate.
 
     Raises:
-        TypeError, ValueError: if these are not numbers of channels.
+        TypeError, ValueError: if these are not numbers of channels, or the order is another one.
 
     Example:
         >>> from orthoconv_param import functional
@@ -327,7 +331,10 @@ def gate_blocks(hidden: int, gates: int = 4, inputs: int = 0) -> list[tuple[slic
     hidden, gates, inputs = count("hidden", hidden), count("gates", gates), integer("inputs", inputs)
     if inputs < 0:
         raise ValueError(f"inputs should be 0, or positive. Found {inputs}")
-    across = slice(inputs, inputs + hidden)
+    if order not in ("xh", "hx"):
+        raise ValueError(f'order should be "xh" or "hx". Found {order!r}')
+    first = inputs if order == "xh" else 0
+    across = slice(first, first + hidden)
     return [(slice(gate * hidden, (gate + 1) * hidden), across) for gate in range(gates)]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import Size, check_finite, per_axis
-from ..parametrizations.blocks import Block
+from ..parametrizations.partition import Block
 from ..torus.geometry import CONVOLUTIONS
 from ..walled import WalledConvolution
 from ..walled_exponential import WalledExponential

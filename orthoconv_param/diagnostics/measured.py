@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..checks import Size
-from ..parametrizations.blocks import Block
+from ..parametrizations.partition import Block
 from . import lanczos
 from .forward import Forward
 from .periodic import periodic

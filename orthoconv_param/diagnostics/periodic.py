@@ -10,7 +10,7 @@ from .. import runtime
 from ..checks import Size, check_dtype, check_finite, count, per_axis
 from ..convert import convolves, geometry_of
 from ..module import operator_of
-from ..parametrizations.blocks import Block
+from ..parametrizations.partition import Block
 from ..torus.boundary import boundary_of
 from ..torus.lattice import Lattice, Placement
 

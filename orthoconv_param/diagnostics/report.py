@@ -1,7 +1,7 @@
 """`report`: a table of how each convolution of a model changes the norm of its input."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan, prod
 from typing import Any, Literal, TypeAlias
 
@@ -11,11 +11,13 @@ from torch.nn.utils import parametrize
 
 from ..checks import Size
 from ..convert import convolves, geometry_of
-from ..models import by_name, convolutions_of, sizes
+from ..models import Uses, by_name, convolutions_of, generators, sizes
 from ..module import operator_of
-from ..parametrizations.annealed import Annealed
-from ..parametrizations.blocks import Block, Blocks, resolve_blocks
+from ..parametrizations.annealed import Annealing
+from ..parametrizations.blocks import Blocks
+from ..parametrizations.partition import Block, resolve_blocks
 from ..parametrizations.registered import Registered
+from ..parametrizations.split import SplitExponential
 from ..torus.boundary import boundary_of
 from ..torus.geometry import torch_class
 from .forward import MEASURED, WALLED, Forward
@@ -47,13 +49,16 @@ class Row:
             ``defect`` at most.
         parametrized: ``"yes"``, ``"no"``, or ``"blocks"`` if only blocks of the weight are orthogonal.
         t: how far annealing is, 1 for orthogonal; None if it is not parametrized.
-        parameters: how many numbers the convolution trains, its bias included; for a block, how many taps
-            it has.
+        parameters: how many numbers the convolution trains, its bias included; for a block, how many its
+            generator has, or if it has none how many taps.
         share: ``parameters`` as a share of the model's.
         left: what 1, 10 and 100 steps of the operator leave of the norm of a random state, as a share of
             what an orthogonal operator leaves. Only if it was made orthogonal between zeros and ``gain`` is
             below 0.99; else empty. One number if images are not mapped to images of the same size and
             channels.
+        method: ``"exponential"`` or ``"split"``; None if it is not parametrized.
+        normalised: the normalisation that the convolution's output goes to at once, as ``"group_norm"``, if
+            it is parametrized: that rescales what the operator keeps. Else None.
     """
 
     name: str
@@ -69,6 +74,8 @@ class Row:
     parameters: int
     share: float
     left: tuple[float, ...] = ()
+    method: str | None = None
+    normalised: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Report:
     def __str__(self) -> str:
         titles = (
             *("name", "convolution", "domain", "smallest", "largest", "defect", "mean gain"),
-            *("parametrized", "t", "parameters"),
+            *("parametrized", "method", "t", "parameters"),
         )
         table = [titles, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -98,6 +105,12 @@ class Report:
                 "most this one, the true largest value and the true defect are at least these."
             )
         lines += [_loss(row) for row in self.rows if row.left]
+        lines += [
+            f"{row.name or '(model)'} is normalised at once ({row.normalised}), "
+            "which rescales what it keeps."
+            for row in self.rows
+            if row.normalised
+        ]
         return "\n".join(lines)
 
 
@@ -122,8 +135,8 @@ def report(
     Returns:
         A `Report`. Its ``rows`` are numbers, and its ``str`` is a table: for each convolution its geometry,
         domain, smallest and largest singular value, defect, mean gain (the root of the mean square of the
-        singular values), ``yes``, ``no`` or ``blocks`` for parametrized, ``t``, and number of parameters. A
-        convolution that sees several sizes has a row for each. Values are nan ("?") where the example does
+        singular values), ``yes``, ``no`` or ``blocks`` for parametrized, method, ``t``, and number of
+        parameters. A convolution that sees several sizes has a row for each. Values are nan ("?") where the example does
         not reach it.
 
         Operators whose dense matrix has up to ``2^20`` entries are decomposed, larger periodic ones at each
@@ -132,7 +145,8 @@ def report(
         least as large. Where the iteration has converged, they are accurate to a few per cent.
 
         Below the table is a line for each convolution or block that this package made orthogonal between
-        zeros, and whose mean gain is below 0.99: how much of the norm of a random state it leaves.
+        zeros, and whose mean gain is below 0.99: how much of the norm of a random state it leaves. And one
+        for each whose output is normalised at once.
 
     Raises:
         TypeError, ValueError: if ``blocks`` are not as above, or a weight is not finite.
@@ -149,14 +163,17 @@ def report(
         >>> _ = nn.init.dirac_(model[0].weight), nn.init.constant_(model[1].weight, 0.5)
         >>> x = torch.randn(1, 2, 8)
         >>> print(report(retrofit(model, x, select="1"), x))
-        name  convolution                   domain  smallest  largest   defect  mean gain  parametrized  t  parameters
-        --------------------------------------------------------------------------------------------------------------
-        0     Conv1d 2 -> 2, 3 taps, zeros  8              1        1  0.0e+00          1            no  -  14 (82.4%)
-        1     Conv1d 2 -> 1, 1 tap          8         0.7071   0.7071  2.9e-01     0.7071           yes  0   3 (17.6%)
+        name  convolution                   domain  smallest  largest   defect  mean gain  parametrized  method  t  parameters
+        ----------------------------------------------------------------------------------------------------------------------
+        0     Conv1d 2 -> 2, 3 taps, zeros  8              1        1  0.0e+00          1            no       -  -  14 (82.4%)
+        1     Conv1d 2 -> 1, 1 tap          8         0.7071   0.7071  2.9e-01     0.7071           yes   split  0   3 (17.6%)
     """  # noqa: E501
     names = convolutions_of(model, MEASURED)
-    asked = {names[name]: pairs for name, pairs in by_name(blocks or {}, names).items()}
-    seen = sizes(model, example_inputs, MEASURED)
+    asked = {}
+    if blocks is not None:
+        asked = {names[name]: pairs for name, pairs in by_name(model, blocks, names).items()}
+    with Uses(names.values()) as uses:
+        seen = sizes(model, example_inputs, MEASURED)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: list[Row] = []
     for name, module in model.named_modules():  # each once, by its first name
@@ -166,7 +183,10 @@ def report(
             raise ValueError(f"the parameters of {name or 'the model'} should be finite. Found nan or inf")
         with torch.no_grad(), parametrize.cached():  # a parametrized weight is computed once
             for size in seen.get(module, [None]):
-                rows += _rows(name, module, size, asked.get(module, []), total)
+                found = _rows(name, module, size, asked.get(module, []), total)
+                if found[0].method is not None:
+                    found[0] = replace(found[0], normalised=uses.normalised.get(module))
+                rows += found
     return Report(tuple(rows))
 
 
@@ -174,31 +194,39 @@ def _rows(name: str, module: Any, size: Size | None, asked: list[Block], total: 
     parts = list(module.modules())
     made = next((part for part in parts if isinstance(part, Registered)), None)
     stack = next((part for part in parts if isinstance(part, Blocks)), None)
-    t = made.progress if isinstance(made, Annealed) else 1.0
-    constrained = stack.blocks if stack is not None else []
+    t = made.progress if isinstance(made, Annealing) else 1.0
+    constrained = stack.partition.blocks if stack is not None else []
 
     def row(title: str, geometry: str, block: Block | None, how: _Parametrized, parameters: int) -> Row:
         share = parameters / max(total, 1)
-        now = None if how == "no" else t
+        now, method = (None, None) if how == "no" else (t, _method(made))
         if size is None:
-            return Row(title, geometry, size, nan, nan, nan, nan, False, how, now, parameters, share)
+            numbers = (nan,) * 4
+            return Row(title, geometry, size, *numbers, False, how, now, parameters, share, (), method)
         found = measure(module, size, block)
         left: tuple[float, ...] = ()
         if how == "yes" and now == 1 and found.gain < _LOSES and _is_between_zeros(module):
             left = kept(Forward(module, size, block), _STEPS)
-        numbers = found.smallest, found.largest, found.defect, found.gain, found.estimated
-        return Row(title, geometry, size, *numbers, how, now, parameters, share, left)
+        measured = found.smallest, found.largest, found.defect, found.gain, found.estimated
+        return Row(title, geometry, size, *measured, how, now, parameters, share, left, method)
 
     whole: _Parametrized = "no" if made is None else "yes" if stack is None else "blocks"
     count = sum(parameter.numel() for parameter in module.parameters())
     rows = [row(name, _geometry(module), None, whole, count)]
     for block in constrained + [b for b in _resolved(asked, module) if b not in constrained]:
         r, c = block
-        side = r.stop - r.start
+        sides = r.stop - r.start, c.stop - c.start
+        numbers = prod(sides) * prod(_free_taps(module))
+        if stack is not None and block in constrained:
+            numbers = generators(module)[0].numel() // len(constrained)
         title = f"{name}[{r.start}:{r.stop}, {c.start}:{c.stop}]"
         how: _Parametrized = "yes" if block in constrained else "no"
-        rows.append(row(title, f"block {side} x {side}", block, how, side**2 * prod(_free_taps(module))))
+        rows.append(row(title, f"block {sides[0]} x {sides[1]}", block, how, numbers))
     return rows
+
+
+def _method(made: Registered | None) -> str:
+    return "split" if isinstance(made, SplitExponential) else "exponential"
 
 
 def _resolved(blocks: list[Block], module: Any) -> list[Block]:
@@ -276,6 +304,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.defect, ".1e"),
         number(row.gain, ".4g"),
         row.parametrized,
+        row.method or "-",
         "-" if row.t is None else f"{row.t:.3g}",
         f"{row.parameters} ({row.share:.1%})",
     )
