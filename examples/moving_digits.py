@@ -7,7 +7,7 @@ many steps on the same videos:
 
   original  as it is;
   cliff     the four hidden-to-hidden blocks of its recurrent convolution are replaced at once by the
-            nearest orthogonal ones, `retrofit(..., anneal=False)`;
+            nearest orthogonal ones, `retrofit(..., method="exponential", anneal=False)`;
   annealed  they are moved there while it is trained, `retrofit` and `set_orthogonality(model, t)`;
 
 and a fourth, again the original, for as many seconds as the annealed one took. The program prints
@@ -243,7 +243,7 @@ def main() -> None:
         if title == AS_LONG:
             steps = round(steps * took["annealed"] / took["original"])
         elif title != "original":
-            model = retrofit(ours, example, select="gates", blocks=blocks, anneal=title == "annealed")
+            model = retrofit(ours, example, blocks=blocks, method="exponential", anneal=title == "annealed")
         data = videos(arguments.frames, training=True, seed=arguments.seed + 1)
         start = time.perf_counter()
         curves[title] = train(

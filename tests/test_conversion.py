@@ -211,7 +211,7 @@ def whole_grid():
 @pytest.mark.parametrize("part", range(40))
 def test_the_whole_grid(part):
     made = refused = 0
-    for case in itertools.islice(whole_grid(), part, None, 40):
+    for number, case in enumerate(itertools.islice(whole_grid(), part, None, 40)):
         kernel, stride, dilation, (cin, out, groups), size, dtype, triv, where, transposed = case
         geometry = {"stride": stride, "dilation": dilation, "cin": cin, "out": out, "groups": groups}
         conv = make(kernel, **geometry, transposed=transposed, dtype=dtype)
@@ -227,8 +227,9 @@ def test_the_whole_grid(part):
         refused += not exists(conv)
         made += 1
         check_orthogonal(conv, domain, "any" if where == "any" else domain, triv)
-        walled = make(kernel, **geometry, transposed=transposed, dtype=dtype)
-        check_orthogonal(walled, domain, "walls", triv)
+        if number % 3 == 0:
+            walled = make(kernel, **geometry, transposed=transposed, dtype=dtype)
+            check_orthogonal(walled, domain, "walls", triv)
     assert made > refused
 
 

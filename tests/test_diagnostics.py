@@ -251,7 +251,7 @@ def test_rows_of_blocks_before_and_after():
     for row, block in zip(before.rows[1:5], blocks["gates"], strict=True):
         assert row.defect == pytest.approx(defect(dense(weight[block], (6, 5))))
         assert row.parametrized == "no"
-    retrofit(model, x, select="gates", blocks=blocks)
+    retrofit(model, x, select="gates", blocks=blocks, method="exponential")
     set_orthogonality(model, 0.25)
     rows = report(model, x).rows
     assert [row.name for row in rows] == names
@@ -276,6 +276,7 @@ def test_rows_of_blocks_before_and_after():
             "mean",
             "gain",
             "parametrized",
+            "method",
             "t",
             "parameters",
         )
@@ -321,7 +322,7 @@ def test_bad_blocks_of_a_report():
     model, x = ConvLSTM("zeros"), random(1, 2, 2, 4, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match="blocks should name convolutions"):
         report(model, x, blocks={"gate": gate_blocks(4, 4, 2)})
-    with pytest.raises(ValueError, match="blocks should be square"):
+    with pytest.raises(ValueError, match="blocks should be within"):
         report(model, x, blocks={"gates": gate_blocks(4, 4, 3)})
 
 

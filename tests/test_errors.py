@@ -104,7 +104,7 @@ CASES = {
         ),
         (
             lambda: nn.Sequential(circular(4, 4, 5, padding=2)),
-            make_retrofit(4),
+            make_retrofit(4, method="exponential"),
             ValueError,
             "at least the kernel",
         ),
@@ -117,7 +117,7 @@ CASES = {
         (lambda: conv(stride=2), make_orthogonal(domain=7), ValueError, "divisible by the stride"),
         (
             lambda: nn.Sequential(circular(stride=2)),
-            make_retrofit(9),
+            make_retrofit(9, method="exponential"),
             ValueError,
             "divisible by the stride",
         ),
@@ -232,7 +232,7 @@ CASES = {
         (converted, lambda m: m(torch.zeros(1, 3, 8, 8)), ValueError, "should have 4 channels"),
         (converted, lambda m: m(torch.zeros(1, 4, 8, 8).double()), TypeError, "weight's dtype"),
         (
-            lambda: retrofit(nn.Sequential(circular()), torch.zeros(1, 4, 8, 8)),
+            lambda: retrofit(nn.Sequential(circular()), torch.zeros(1, 4, 8, 8), method="exponential"),
             lambda m: m(torch.zeros(1, 4, 6, 6)),
             ValueError,
             r"of the domain's size, \(8, 8\)",

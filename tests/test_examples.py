@@ -357,6 +357,7 @@ def test_between_walls_no_network_is_periodic():
         assert all(m.padding_mode != "circular" for m in network.modules() if isinstance(m, nn.Conv2d))
 
 
+@pytest.mark.slow
 def test_recall_between_walls_runs_with_a_small_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(long_memory, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
     monkeypatch.setattr("sys.argv", ["name", "--boundary", "walls", *SMALLEST[long_memory]])
@@ -407,7 +408,15 @@ SMALLEST = {
 }
 
 
-@pytest.mark.parametrize("script", SMALLEST, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script",
+    [
+        long_memory,
+        quickstart,
+        pytest.param(row_digits, marks=pytest.mark.slow),
+    ],
+    ids=lambda script: script.__name__,
+)
 def test_the_orthogonal_networks_may_be_split(script, tmp_path, monkeypatch, capsys):
     made = []
 

@@ -1213,16 +1213,24 @@ def test_a_checkpoint_of_other_taps_is_refused():
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("blocks", [None, {"0": [(slice(0, 2), slice(0, 2))]}])
-def test_a_checkpoint_from_the_middle_of_annealing_is_refused_without_annealing(blocks, strict):
+@pytest.mark.parametrize(
+    ("way", "names"),
+    [
+        ({}, "pretrained, t"),
+        ({"method": "exponential"}, "pretrained, t"),
+        ({"method": "exponential", "boundary": "circular"}, "directions, t, values"),
+    ],
+)
+def test_a_checkpoint_from_the_middle_of_annealing_is_refused_without_annealing(way, names, blocks, strict):
     def model(**options):
         plain = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
-        return retrofit(plain, torch.randn(1, 4, 6, 6), blocks=blocks, **options)
+        return retrofit(plain, torch.randn(1, 4, 6, 6), blocks=blocks, **way, **options)
 
     annealed, other = model(), model(anneal=False)
     orthoconv_param.set_orthogonality(annealed, 0.5)
     x = torch.randn(2, 4, 6, 6)
     before = other(x)
-    with pytest.raises(RuntimeError, match=r"directions, t, values.*final=True"):
+    with pytest.raises(RuntimeError, match=f"{names}.*final=True"):
         other.load_state_dict(annealed.state_dict(), strict=strict)
     close(other(x), before)
     orthoconv_param.set_orthogonality(annealed, 1, final=True)

@@ -173,7 +173,7 @@ LARGE = {
 @pytest.mark.parametrize(
     ("kind", "seed"),
     [
-        ("zeros", 0),
+        pytest.param("zeros", 0, marks=pytest.mark.slow),
         *(pytest.param(kind, seed, marks=pytest.mark.slow) for kind in LARGE for seed in (1, 2, 3)),
     ],
 )

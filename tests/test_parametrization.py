@@ -141,7 +141,13 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize(
     "triv",
-    ["expm", "cayley", pytest.param(geotorch.SO.trivializations["cayley"], marks=pytest.mark.slow)],
+    [
+        "expm",
+        *(
+            pytest.param(triv, marks=pytest.mark.slow)
+            for triv in ("cayley", geotorch.SO.trivializations["cayley"])
+        ),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -184,7 +190,7 @@ def test_derivatives(size, domain, stride, groups, dtype):
 
 
 @pytest.mark.parametrize("triv", ["expm", "cayley"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
 def test_derivatives_of_a_small_case_entry_by_entry(triv, dtype):
     _, own = registered(random(2, 2, 2, dtype=dtype), triv=triv)
     _, compact = registered(random(2, 2, 2, dtype=dtype), triv=triv, domain="any", tol=1e-3)
@@ -346,7 +352,7 @@ def test_compact_kernels_of_the_whole_grid(channels, taps, axes, norm, dtype):
     check_compact(channels, (taps,) * axes, norm, dtype, steps)
 
 
-@pytest.mark.parametrize("norm", [0.1, 1.0, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("norm", [0.1, *(pytest.param(n, marks=pytest.mark.slow) for n in (1.0, 2.0))])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("taps", [(3, 3), pytest.param((2, 4), marks=pytest.mark.slow), (1, 5)])
 def test_compact_kernel_is_the_exponential_of_this_generator(taps, dtype, tolerance, norm):
@@ -797,7 +803,9 @@ def test_a_checkpoint_of_another_shape_is_refused():
 # As a manifold of geotorch
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "torus", "identity"])
+@pytest.mark.parametrize(
+    "distribution", ["uniform", *(pytest.param(d, marks=pytest.mark.slow) for d in ("torus", "identity"))]
+)
 @pytest.mark.parametrize("triv", ["expm", pytest.param("cayley", marks=pytest.mark.slow)])
 def test_the_pattern_of_geotorchs_own_tests(triv, distribution):
     """All sizes from 1 to 8: registered, sampled, trained by SGD, its base updated."""

@@ -51,10 +51,10 @@ def test_it_is_the_convolution_and_the_transpose_is_its(geometry, dtype):
     close(spectral_conv(x, spectrum, lattice, transposed=True), y)
 
 
-SOME = [pytest.param(g, marks=pytest.mark.slow) if g in GEOMETRIES[3:] else g for g in GEOMETRIES]
+SOME = [pytest.param(g, marks=pytest.mark.slow) if g in GEOMETRIES[2:] else g for g in GEOMETRIES]
 
 
-@TRANSPOSED
+@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @BOTH
 @pytest.mark.parametrize("geometry", SOME)
 def test_derivatives_of_first_and_second_order(geometry, dtype, transposed):

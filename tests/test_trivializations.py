@@ -265,7 +265,7 @@ def test_which_retractions_are_of_second_order():
         retraction("exp")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RETRACTIONS)
 def test_derivatives_of_retractions(name, dtype):
     """At any matrices, and at zero, where all eigenvalues coincide."""

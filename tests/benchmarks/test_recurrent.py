@@ -67,7 +67,8 @@ def test_conv_lstm(hidden, side, batch, in_turn, device):
     video = torch.randn(batch, STEPS, 2, side, side, device=device)
     free = ConvLSTM("zeros", 2, hidden).to(device)
     model = ConvLSTM("zeros", 2, hidden).to(device)
-    retrofit(model, video[:1], select=["gates"], blocks={"gates": functional.gate_blocks(hidden, inputs=2)})
+    blocks = {"gates": functional.gate_blocks(hidden, inputs=2)}
+    retrofit(model, video[:1], blocks=blocks, method="exponential", boundary="zeros")
     set_orthogonality(model, 1, final=True)
     in_turn(
         f"ConvLSTM of {STEPS} steps, zeros: hidden, side, batch",
