@@ -147,7 +147,10 @@ SOME = [  # kernel, geometry, domain
 
 
 @pytest.mark.parametrize("where", ["any", "given", "walls"])
-@pytest.mark.parametrize(("kernel", "geometry", "domain"), SOME)
+@pytest.mark.parametrize(
+    ("kernel", "geometry", "domain"),
+    [case if i % 2 == 0 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(SOME)],
+)
 def test_the_operator_is_orthogonal_at_first_and_after_training(kernel, geometry, domain, where):
     geometry = dict(geometry)
     triv = geometry.pop("triv", "expm")

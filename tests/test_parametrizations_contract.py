@@ -190,6 +190,7 @@ def by_default(chosen, among):
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_geometry = pytest.mark.parametrize("geometry", by_default(["tall", "groups", "stride"], GEOMETRIES))
+double_by_default = pytest.mark.parametrize("dtype", by_default([torch.float64], DTYPES))
 every_dtype = pytest.mark.parametrize("dtype", by_default([torch.float64, torch.complex64], DTYPES))
 
 
@@ -250,7 +251,7 @@ def test_autocast_does_not_reach_it(kind, dtype):
 # From a kernel to the free parameters
 
 
-@every_dtype
+@double_by_default
 @every_geometry
 @every_kind
 def test_what_is_assigned_is_read_back_if_it_is_one_and_projected_if_not(kind, geometry, dtype):
@@ -314,7 +315,7 @@ def test_a_preimage_is_what_assigning_sets_and_changes_nothing(kind, geometry):
     assert all(torch.equal(value, state[name]) for name, value in buffers.items())
 
 
-@every_dtype
+@double_by_default
 @every_geometry
 @every_kind
 def test_updating_the_base_keeps_the_weight(kind, geometry, dtype):
@@ -343,7 +344,7 @@ def test_updating_the_base_keeps_the_weight(kind, geometry, dtype):
 # geotorch's verbs
 
 
-@every_dtype
+@double_by_default
 @every_geometry
 @every_kind
 def test_samples_are_in_the_manifold_and_other_kernels_are_not(kind, geometry, dtype):

@@ -29,7 +29,7 @@ close = torch.testing.assert_close
 
 # of normalisations that follow; and torch's own, of circular padding with an even kernel
 pytestmark = pytest.mark.filterwarnings("ignore:what these convolutions give is normalised at once")
-OFTEN = ("stacked [x, h]", "GRU, separate gates", "sampler")
+OFTEN = ("stacked [x, h]", "GRU, separate gates")
 WAYS = {
     "split": {},
     "exponential": {"method": "exponential"},

@@ -410,7 +410,7 @@ SHAPES = [(4, 4, 3, 3), (5, 5, 3, 3), (8, 4, 3, 3), (4, 9, 3, 3), (16, 3, 3, 3),
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, slow(torch.complex64), slow(torch.complex128)]
+    "dtype", [slow(torch.float32), torch.float64, slow(torch.complex64), slow(torch.complex128)]
 )
 @pytest.mark.parametrize("size", SHAPES)
 def test_a_kernel_of_the_family_that_was_composed_elsewhere_reads_back(size, dtype):
