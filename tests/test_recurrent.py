@@ -12,7 +12,19 @@ import geotorch
 import numpy as np
 import pytest
 import torch
-from models import LATENT, RECURRENT, VIDEO, ConvLSTM, Keeps, Peepholes, Pyramid, Sampler, Warped, states
+from models import (
+    LATENT,
+    RECURRENT,
+    VIDEO,
+    ConvLSTM,
+    Keeps,
+    Peepholes,
+    Pyramid,
+    Sampler,
+    Warped,
+    graphs_and_backend,
+    states,
+)
 from oracles import defect, operator, random
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -200,12 +212,7 @@ def test_states_of_transposed_convolutions():
 
 def test_compiled_networks_are_run_as_they_were_written():
     model, example, blocks = make("stacked [x, h]")
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = graphs_and_backend()
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend)
     assert recurrent_blocks(compiled, example) == {f"_orig_mod.{name}": b for name, b in blocks.items()}
@@ -667,12 +674,7 @@ def test_compiled_whole(way):
     torch.compiler.reset()
     model, example, _ = make("stacked [x, h]")
     retrofit(model, example, blocks="recurrent", **WAYS[way])
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = graphs_and_backend()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for t in (0, 0.3, 1):
         set_orthogonality(model, t)

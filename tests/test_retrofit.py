@@ -5,7 +5,7 @@ import sys
 import geotorch
 import pytest
 import torch
-from models import ConvGRU, ConvLSTM, Residual, Separable, convolutional, reached_twice
+from models import ConvGRU, ConvLSTM, Residual, Separable, convolutional, graphs_and_backend, reached_twice
 from oracles import defect, dense, operator, random
 from torch import nn
 from torch.nn.utils import parametrize
@@ -569,12 +569,7 @@ def test_compiled_without_recompiling_as_t_moves():
     torch.compiler.reset()
     model, x, options = make("ConvLSTM", torch.float32)
     retrofit(model, x, **options)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = graphs_and_backend()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for t in (0, 0.3, 1):
         set_orthogonality(model, t)
