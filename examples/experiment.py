@@ -4,6 +4,7 @@ import argparse
 import csv
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
@@ -116,10 +117,11 @@ def run(
 ) -> list[Any]:
     """Call the function with each job's arguments, in several processes; all make ``total`` ticks."""
     context = multiprocessing.get_context("spawn")
+    pause = 0.5 if sys.stderr.isatty() else 60  # seconds: a file does not want many lines
     ticks = context.Value("q", 0)
     with (
         ProcessPoolExecutor(workers, context, _begin, (ticks,)) as pool,
-        tqdm(total=total, desc=title, unit="step", unit_scale=True, mininterval=0.5) as progress,
+        tqdm(total=total, desc=title, unit="step", unit_scale=True, mininterval=pause) as progress,
     ):
         futures = [pool.submit(function, *job) for job in jobs]
         while wait(futures, timeout=0.5, return_when="FIRST_EXCEPTION").not_done:

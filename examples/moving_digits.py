@@ -1,48 +1,83 @@
-"""Moving digits: a pretrained ConvLSTM is made orthogonal by degrees, without losing what it has learned.
+"""Moving digits: ConvLSTMs that are orthogonal in some place against the usual one, in the same time.
 
-Scanned digits (scikit-learn's `load_digits`) move and bounce on a periodic canvas. A ConvLSTM, the
-usual one with a single convolution from [input, state] to four stacked gates, sees the first frames and
-predicts the rest. It is trained, or its checkpoint is loaded. Then three copies are fine-tuned, for as
-many steps on the same videos:
+Scanned digits (scikit-learn's `load_digits`) move and bounce off the walls of a canvas. A zero-padded
+ConvLSTM, with a single convolution from [input, state] to four stacked gates, sees the first frames and
+predicts the rest. Of each variant (`convlstm.py` says what they are) it is asked whether it is better
+than the original that has as many seconds:
 
-  original  as it is;
-  cliff     the four hidden-to-hidden blocks of its recurrent convolution are replaced at once by the
-            nearest orthogonal ones, `retrofit(..., method="exponential", anneal=False)`;
-  annealed  they are moved there while it is trained, `retrofit` and `set_orthogonality(model, t)`;
+  fresh          trained from the beginning;
+  trained        made of the trained original, and fine-tuned on the same kind of videos;
+  trained, long  made of the trained original, and fine-tuned on five times as many predicted frames.
 
-and a fourth, again the original, for as many seconds as the annealed one took. The program prints
-`report` of the model before and after, and a table: the loss on unseen digits, over as many predicted
-frames as in training and over five times as many. It saves the loss against the step, and frames of a
-long video.
+How many steps the same seconds are is measured at the start, side by side. With ``--all`` there are more
+variants (the candidate's block alone, paths of the memory, exponential and split, circular and walls, at
+once or by degrees, an orthogonal beginning alone), `fresh, long`, and tables for as many steps as the
+original too.
+
+    python examples/moving_digits.py --out DIR
+
+prints tables, means and standard deviations over the seeds: the loss on digits that were not trained on,
+over as many predicted frames as in training and over five times as many; the same with noise in the frames
+that are seen; and what becomes of the state in 1000 frames. It writes moving_digits.csv, a plot of the
+losses, and frames of a long video. Settings are to be chosen with ``--validate``, which takes other digits.
 """
 
-import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from tqdm import tqdm
+from convlstm import GATES, MEMORY, ConvLSTM, Variant, cost_of_a_step, train
+from experiment import digits, mean_and_deviation, parse, parser, positive, run, save, spread, table
+from torch import Tensor
 
-from orthoconv_param import generators, report, retrofit, set_orthogonality
+from orthoconv_param import report
 from orthoconv_param.functional import gate_blocks
 
-TRAINING_DIGITS = 1500  # of 1797; the others are for testing
+SETS = {"training": slice(0, 1200), "validation": slice(1200, 1500), "test": slice(1500, 1797)}
 LONGER = 5  # times as many predicted frames as in training
-AS_LONG = "original, as long"  # in seconds as the annealed one
+ROLLOUT = 1000  # predicted frames
+NOISE = 0.2  # standard deviation
+
+VARIANTS = {
+    "original": Variant(),
+    "all blocks": Variant("all"),
+}
+MORE = {
+    "candidate's block": Variant("candidate"),
+    "memory path": MEMORY,
+    "memory path and candidate's block": Variant("candidate", "orthogonal", slower=MEMORY.slower),
+    "memory path, free": Variant(memory="free"),
+    "all blocks, only at first": Variant("all", start=True),
+    "all blocks, at once": Variant("all", anneal=False),
+    "all blocks, exponential": Variant("all", method="exponential"),
+    "circular: original": Variant(boundary="circular"),
+    "circular: all blocks": Variant("all", boundary="circular"),
+    "circular: all blocks, exponential": Variant("all", method="exponential", boundary="circular"),
+}
+Start = Literal["fresh", "trained", "trained, long", "fresh, long"]
 
 
 class MovingDigits:
-    """Videos of one digit each, a pixel a frame on both axes, reflected where its box meets the edge."""
+    """Videos of one digit each, a pixel a frame on both axes, reflected where its box meets a wall.
 
-    def __init__(self, canvas: int, frames: int, *, train: bool, seed: int) -> None:
-        images = torch.tensor(load_digits().images / 16, dtype=torch.float32)
-        self.digits = images[:TRAINING_DIGITS] if train else images[TRAINING_DIGITS:]
-        self.canvas, self.frames = canvas, frames
+    Args:
+        canvas: side, in pixels.
+        frames: of a video.
+        context: how many of them are seen.
+        of: which digits, a key of `SETS`.
+        seed: of the videos.
+    """
+
+    def __init__(self, canvas: int, frames: int, context: int, of: str = "training", seed: int = 0) -> None:
+        self.digits = shuffled_digits()[SETS[of]]
+        self.canvas, self.frames, self.context = canvas, frames, context
         self.random = torch.Generator().manual_seed(seed)
 
     def batch(self, size: int) -> Tensor:
@@ -59,211 +94,291 @@ class MovingDigits:
                 video[n, t, 0, y : y + 8, x : x + 8] = digit
         return video
 
+    def loss(self, model: ConvLSTM, size: int) -> Tensor:
+        """Return the loss on a fresh batch."""
+        video = self.batch(size)
+        return cross_entropy(model(video, self.context), video)
 
-class ConvLSTM(nn.Module):
-    """One ConvLSTM cell with periodic boundary, and a 1x1 convolution that draws the next frame."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.gates = nn.Conv2d(1 + hidden, 4 * hidden, 3, padding=1, padding_mode="circular")
-        self.draw = nn.Conv2d(hidden, 1, 1)
-        nn.init.ones_(self.gates.get_parameter("bias")[hidden : 2 * hidden])  # remember at first
-
-    def forward(self, video: Tensor, context: int) -> Tensor:
-        """Return logits of frames 1, 2, ...; after ``context`` frames it sees its own predictions only."""
-        h = c = video.new_zeros(len(video), self.hidden, *video.shape[-2:])
-        logits: list[Tensor] = []
-        with parametrize.cached():  # a parametrized weight is computed once, not once a frame
-            for t in range(video.shape[1] - 1):
-                x = video[:, t] if t < context else logits[-1].sigmoid()
-                write, keep, read, value = self.gates(torch.cat([x, h], 1)).chunk(4, 1)
-                c = keep.sigmoid() * c + write.sigmoid() * value.tanh()
-                h = read.sigmoid() * c.tanh()
-                logits.append(self.draw(h))
-        return torch.stack(logits, 1)
-
-    def loss(self, video: Tensor, context: int) -> Tensor:
-        """Return the cross-entropy in nats per pixel of frames that can be foretold: from the third on."""
-        return F.binary_cross_entropy_with_logits(self(video, context)[:, 1:], video[:, 2:])
+    def example(self) -> tuple[Any, ...]:
+        """Return what a network is called with."""
+        shape = 1, self.frames, 1, self.canvas, self.canvas
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)), self.context
 
 
-def train(
-    title: str,
-    model: ConvLSTM,
-    data: MovingDigits,
-    steps: int,
-    lr: float,
-    arguments: argparse.Namespace,
-    annealed: int = 0,
-) -> list[float]:
-    """Train by Adam on fresh videos, its learning rate rising and falling once; return the losses.
-
-    In the first ``annealed`` steps the model goes from its pretrained operators to orthogonal ones.
-    """
-    slow = generators(model)
-    rest = [p for p in model.parameters() if all(p is not g for g in slow)]
-    rates = [lr, lr * arguments.generator_lr] if slow else [lr]
-    optimizer = torch.optim.Adam([{"params": p} for p in (rest, slow) if p])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=max(steps, 1))
-    losses: list[float] = []
-    with tqdm(range(1, steps + 1), desc=title, unit="step", mininterval=0.5) as progress:
-        for step in progress:
-            if step < annealed:
-                set_orthogonality(model, step / annealed)
-            elif step == annealed:
-                set_orthogonality(model, 1, final=True)
-            optimizer.zero_grad()
-            loss = model.loss(data.batch(arguments.batch), arguments.context)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            progress.set_postfix(loss=f"{losses[-1]:.4f}")
-    return losses
+def shuffled_digits() -> Tensor:
+    """Return all scanned digits in an order of their own: in scikit-learn's, writers follow each other."""
+    images, _ = digits()
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 
 
-def draw_losses(path: Path, curves: dict[str, list[float]]) -> None:
-    """Save a plot of the training losses against the step, averaged over 15 steps around each."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for title, losses in curves.items():
-        window = min(15, len(losses))
-        means = torch.tensor(losses).unfold(0, window, 1).mean(-1)
-        axis.plot([i + (window + 1) / 2 for i in range(len(means))], means, label=title)
-    axis.set(xlabel="step of fine-tuning", ylabel="training loss (nats per pixel)")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def cross_entropy(logits: Tensor, video: Tensor) -> Tensor:
+    """Return nats per pixel, of frames that can be foretold: from the third on."""
+    return F.binary_cross_entropy_with_logits(logits[:, 1:], video[:, 2:])
+
+
+class Settings(NamedTuple):
+    """What all networks of a run have in common."""
+
+    hidden: int
+    canvas: int
+    frames: int
+    context: int
+    batch: int
+    annealed: float
+    on: str
+
+    def videos(self, of: str, seed: int, frames: int = 0) -> MovingDigits:
+        """Return the source of videos of a set."""
+        return MovingDigits(self.canvas, frames or self.frames, self.context, of, seed)
+
+    @property
+    def long(self) -> int:
+        """Frames of a video with `LONGER` times as many predicted frames."""
+        return self.context + LONGER * (self.frames - self.context)
+
+
+def experiment(
+    settings: Settings, name: str, start: Start, budget: str, seed: int, steps: int, lr: float, out: Path
+) -> dict[str, Any]:
+    """Train a variant; return a row of the CSV file. Save what `trained` ones start from, and are."""
+    torch.set_flush_denormal(True)  # what has decayed to less than 1e-38 costs a CPU a hundredfold
+    variant = {**VARIANTS, **MORE}[name]
+    fresh, is_long = start.startswith("fresh"), start.endswith("long")
+    checkpoint = _path(out, "fresh", f"{_before(variant)}-seconds", seed)
+    torch.manual_seed(seed)
+    frames = settings.long if is_long else settings.frames
+    data = settings.videos("training", seed if fresh else 1000 + seed, frames)
+    trained = None if fresh else torch.load(checkpoint, weights_only=True)
+    model = variant.made(settings.hidden, data, trained)
+    has_way = not fresh and variant.blocks != "none" and variant.anneal
+    annealed = max(1, round(settings.annealed * steps)) if has_way else 0
+    begun = time.perf_counter()
+    train(model, data, steps, lr, batch=settings.batch, slower=variant.slower, annealed=annealed)
+    seconds = time.perf_counter() - begun
+    torch.save(model.state_dict(), _path(out, start, f"{name}-{budget}", seed))
+    row = {"network": name, "start": start, "budget": budget, "seed": seed, "steps": steps}
+    return {**row, "seconds": round(seconds, 1), **measured(settings, model, data)}
+
+
+def _before(variant: Variant) -> str:
+    """Return the name of the original with a variant's boundary."""
+    return "original" if variant.boundary == "walls" else "circular: original"
+
+
+def _path(out: Path, start: Start, name: str, seed: int) -> Path:
+    words = f"{start}-{name}-{seed}".replace(":", "").replace(",", "").replace(" ", "_")
+    return out / "checkpoints" / f"{words}.pt"
+
+
+@torch.no_grad()
+def measured(settings: Settings, model: ConvLSTM, data: MovingDigits) -> dict[str, float]:
+    """Return how good a network is, and how far what is to be orthogonal in it is from that."""
+    context = settings.context
+    short = settings.videos(settings.on, 99).batch(128)
+    long = settings.videos(settings.on, 99, settings.long).batch(64)
+    noise = NOISE * torch.randn(short.shape, generator=torch.Generator().manual_seed(0))
+    endless = settings.videos(settings.on, 99, context + ROLLOUT).batch(8)
+    states = model.states(endless, context)
+    norms = torch.stack([c.square().mean((1, 2, 3)).sqrt() for _, c in states])
+    drawn, last = torch.stack([model.draw(h) for h, _ in states[-100:]], 1), endless[:, -100:]
+    moves = [x.diff(dim=1).abs().mean() for x in (drawn.sigmoid(), last)]
+    blocks = {"gates": gate_blocks(settings.hidden, gates=GATES, inputs=1)}
+    rows = report(model, data.example(), blocks=blocks).rows
+    made = [r for r in rows if r.parametrized == "yes"] or [r for r in rows if "[" in r.name]
+    return {
+        "short": cross_entropy(model(short, context), short).item(),
+        "long": cross_entropy(model(long, context), long).item(),
+        "noisy": cross_entropy(model(short + noise, context), short).item(),
+        "rollout": F.binary_cross_entropy_with_logits(drawn, last).item(),
+        "norm in training": norms[: settings.frames].max().item(),
+        "norm later": norms[settings.frames :].max().item(),
+        "motion": (moves[0] / moves[1]).item(),
+        "defect": max(r.defect for r in made),
+    }
+
+
+# Tables and figures
+
+
+def losses_of(rows: list[dict[str, Any]], name: str, start: Start, budget: str, column: str) -> list[float]:
+    """Return the numbers of a network, one for each seed."""
+    same = {"network": name, "start": start, "budget": budget}
+    return [row[column] for row in rows if all(row[key] == value for key, value in same.items())]
+
+
+def tables(rows: list[dict[str, Any]], costs: Mapping[str, float], settings: Settings) -> str:
+    """Return the tables, in Markdown."""
+    predicted = settings.frames - settings.context
+    parts = []
+    kinds = dict.fromkeys((row["start"], row["budget"]) for row in rows)
+    for start, budget in kinds:
+        names = list(
+            dict.fromkeys(r["network"] for r in rows if (r["start"], r["budget"]) == (start, budget))
+        )
+        cells = []
+        for name in names:
+            variant = {**VARIANTS, **MORE}[name]
+            cell = [name, f"{losses_of(rows, name, start, budget, 'steps')[0]}", f"{costs[name]:.2f}"]
+            for column in ("short", "long", "noisy"):
+                ours = losses_of(rows, name, start, budget, column)
+                usual = losses_of(rows, _before(variant), start, "seconds", column)
+                ratio, _ = mean_and_deviation([a / b for a, b in zip(ours, usual, strict=True)])
+                cell.append(f"{spread(ours, 4)} ({ratio:.2f})")
+            cell.append(f"{max(losses_of(rows, name, start, budget, 'defect')):.0e}")
+            cells.append(cell)
+        header = ["network", "steps", "cost", f"{predicted} frames", f"{LONGER * predicted} frames"]
+        header += [f"{predicted} frames, noise", "defect"]
+        title = f"{start}, for as many {budget}" + (" as the original" if budget == "steps" else "")
+        parts.append(f"{title}:\n\n{table(header, cells)}")
+    cells = [
+        [
+            name,
+            start,
+            *(
+                spread(losses_of(rows, name, start, "seconds", column), digits)
+                for column, digits in (
+                    ("norm in training", 2), ("norm later", 2), ("rollout", 2), ("motion", 2)
+                )
+            ),
+        ]
+        for start in dict.fromkeys(row["start"] for row in rows)
+        for name in dict.fromkeys(row["network"] for row in rows if row["start"] == start)
+    ]  # fmt: skip
+    header = ["network", "start", "norm in training", f"norm in {ROLLOUT} frames", "loss", "motion"]
+    parts.append(f"{ROLLOUT} predicted frames:\n\n{table(header, cells)}")
+    return "\n\n".join(parts)
+
+
+def draw_losses(path: Path, rows: list[dict[str, Any]], settings: Settings) -> None:
+    """Draw the losses of all networks that have the same seconds: a dot for each seed."""
+    predicted = settings.frames - settings.context
+    starts = list(dict.fromkeys(row["start"] for row in rows))
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    size = 10, len(starts) * (0.9 + 0.25 * len(names))
+    figure, panels = plt.subplots(len(starts), 2, figsize=size, layout="constrained", squeeze=False)
+    for start, some in zip(starts, panels, strict=True):
+        for column, axes, count in zip(
+            ("short", "long"), some, (predicted, LONGER * predicted), strict=True
+        ):
+            for n, name in enumerate(names):
+                values = losses_of(rows, name, start, "seconds", column)
+                axes.plot(values, [n] * len(values), "o", color=f"C{n}", alpha=0.5)
+                axes.plot(
+                    mean_and_deviation(values)[0] if values else [],
+                    n if values else [],
+                    "|",
+                    color=f"C{n}",
+                    markersize=16,
+                )
+            axes.set_yticks(range(len(names)), names)
+            axes.set(title=f"{start}, {count} predicted frames", ylim=(len(names) - 0.5, -0.5))
+            axes.grid(axis="x", alpha=0.3)
+            axes.set_xlabel("nats per pixel: a dot for each seed, a bar for the mean")
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def draw_frames(path: Path, rows: dict[str, Tensor], context: int) -> None:
-    """Save a picture of about 14 frames of one video, true and predicted, one above the other."""
-    count = len(next(iter(rows.values())))
+def draw_frames(path: Path, frames: Mapping[str, Tensor], context: int) -> None:
+    """Draw about 14 frames of one video, true and predicted, one above the other."""
+    count = len(next(iter(frames.values())))
     shown = range(count - 1, -1, -max(1, round(count / 14)))[::-1]
-    figure, axes = plt.subplots(
-        len(rows), len(shown), figsize=(0.75 * len(shown) + 1.2, 0.9 * len(rows) + 0.5), squeeze=False
-    )
-    for row, (title, frames) in zip(axes, rows.items(), strict=True):
+    size = 0.75 * len(shown) + 1.6, 0.9 * len(frames) + 0.5
+    figure, axes = plt.subplots(len(frames), len(shown), figsize=size, squeeze=False)
+    for row, (title, images) in zip(axes, frames.items(), strict=True):
         for axis, t in zip(row, shown, strict=True):
-            axis.imshow(frames[t, 0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(images[t, 0], cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             if row is axes[0]:
                 axis.set_title(f"{t + 1}" if t + 1 < context else f"{t + 1}*", fontsize=8)
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(f"* predicted from the model's own predictions ({context} frames seen)", fontsize=9)
+    figure.suptitle(f"* predicted from the network's own predictions ({context} frames seen)", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def arguments_of_the_command_line() -> argparse.Namespace:
-    """Return the options that the user asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def add(name: str, default: float | Path, text: str) -> None:
-        parser.add_argument(
-            name, type=type(default), default=default, help=f"{text} (default: %(default)s)"
+@torch.no_grad()
+def frames_of(settings: Settings, seed: int, out: Path) -> dict[str, Tensor]:
+    """Return a long video, and what the networks that are fine-tuned on such videos make of it."""
+    video = settings.videos(settings.on, 99, settings.long).batch(1)
+    found = {"true": video[0, 1:]}
+    for name, variant in VARIANTS.items():
+        model = variant.made(settings.hidden, settings.videos("training", 0))
+        model.load_state_dict(
+            torch.load(_path(out, "trained, long", f"{name}-seconds", seed), weights_only=True)
         )
+        found[name] = model(video, settings.context)[0].sigmoid()
+    return found
 
-    add("--steps", 600, "training steps of the original")
-    add("--finetune", 300, "steps after that, of each of the three")
-    add("--annealed", 0.3, "share of these in which it becomes orthogonal")
-    add("--lr", 3e-2, "Adam's learning rate")
-    add("--finetune-lr", 1e-2, "after that")
-    add("--generator-lr", 1.0, "of the generators of orthogonal kernels, in units of that")
+
+def main() -> None:
+    """Run the program."""
+    options = parser(__doc__)
+
+    def add(name: str, default: float, text: str) -> None:
+        options.add_argument(name, type=positive if name != "--context" and isinstance(default, int)
+                             else type(default), default=default, help=text)  # fmt: skip
+
+    add("--steps", 600, "of Adam, of the original from the beginning")
+    add("--finetune", 300, "of Adam, of the trained original")
+    add("--lr", 3e-2, "highest learning rate from the beginning")
+    add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
+    add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")
     add("--hidden", 16, "channels of the state")
     add("--canvas", 16, "side, in pixels")
     add("--frames", 14, "length of a video")
     add("--context", 8, "frames that are seen")
     add("--batch", 8, "videos in a step")
-    add("--seed", 0, "of the videos and of the initial weights")
-    add("--out", Path("results"), "folder to write to")
-    parser.add_argument(
-        "--load", type=Path, help="checkpoint of a ConvLSTM to start from, instead of training"
-    )
-    arguments = parser.parse_args()
+    options.add_argument("--all", action="store_true", help="all variants, and as many steps too")
+    options.add_argument("--validate", action="store_true", help="on validation digits, to choose by")
+    arguments = parse(options, seeds=[0, 1], steps=8, finetune=8)
     if arguments.canvas < 10:
-        parser.error("--canvas should be at least 10: a digit has 8 pixels, and moves")
+        options.error("--canvas should be at least 10: a digit has 8 pixels, and moves")
     if not 2 <= arguments.context < arguments.frames:
-        parser.error("--context should be at least 2 and less than --frames")
+        options.error("--context should be at least 2 and less than --frames")
     if not 0 < arguments.annealed <= 1:
-        parser.error("--annealed should be a share: above 0, at most 1")
-    return arguments
+        options.error("--annealed should be a share: above 0, at most 1")
+    on = "validation" if arguments.validate else "test"
+    common = {name: getattr(arguments, name) for name in Settings._fields if name != "on"}
+    settings = Settings(**common, on=on)
+    out, seeds = arguments.out, arguments.seeds
+    (out / "checkpoints").mkdir(exist_ok=True)
+    torch.set_flush_denormal(True)
+    variants = {**VARIANTS, **MORE} if arguments.all else VARIANTS
+    data = settings.videos("training", 0)
+    found = cost_of_a_step(list(variants.values()), settings.hidden, data, settings.batch)
+    costs = {name: 1.0 if "original" in name else cost for name, cost in zip(variants, found, strict=True)}
 
-
-def main() -> None:
-    """Run the program."""
-    arguments = arguments_of_the_command_line()
-    plt.switch_backend("agg")  # pictures go to files
-    torch.manual_seed(arguments.seed)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.load or arguments.out / "convlstm.pt"
-
-    def videos(frames: int, *, training: bool, seed: int) -> MovingDigits:
-        return MovingDigits(arguments.canvas, frames, train=training, seed=seed)
-
-    longer = arguments.context + LONGER * (arguments.frames - arguments.context)
-    test = videos(arguments.frames, training=False, seed=arguments.seed).batch(128)
-    long = videos(longer, training=False, seed=arguments.seed).batch(64)
-    if arguments.load is None:
-        model = ConvLSTM(arguments.hidden)
-        data = videos(arguments.frames, training=True, seed=arguments.seed)
-        train("training", model, data, arguments.steps, arguments.lr, arguments)
-        torch.save(model.state_dict(), checkpoint)
-
-    blocks = {"gates": gate_blocks(arguments.hidden, gates=4, inputs=1)}
-    example = (test[:1], arguments.context)
-    annealed = max(1, round(arguments.annealed * arguments.finetune))
-    rows = {"true": long[0, 1:]}
-    curves: dict[str, list[float]] = {}
-    table: list[str] = []
-
-    def pretrained() -> ConvLSTM:
-        model = ConvLSTM(arguments.hidden)
-        model.load_state_dict(torch.load(checkpoint, weights_only=True))
-        return model
-
-    def measure(title: str, model: ConvLSTM, budget: str = "") -> None:
-        with torch.no_grad():
-            losses = [model.loss(video, arguments.context).item() for video in (test, long)]
-            rows[title] = model(long[:1], arguments.context)[0].sigmoid()
-        defect = max(row.defect for row in report(model, example, blocks=blocks).rows if "[" in row.name)
-        table.append(f"{title:<20}{losses[0]:>10.4f}{losses[1]:>11.4f}{defect:>10.1e}  {budget}".rstrip())
-
-    model = pretrained()
-    print(f"\n{report(model, example, blocks=blocks)}\n")
-    measure("pretrained", model)
-    took: dict[str, float] = {}
-    for title in ("original", "cliff", "annealed", AS_LONG):
-        ours, steps = pretrained(), arguments.finetune
-        if title == AS_LONG:
-            steps = round(steps * took["annealed"] / took["original"])
-        elif title != "original":
-            model = retrofit(ours, example, blocks=blocks, method="exponential", anneal=title == "annealed")
-        data = videos(arguments.frames, training=True, seed=arguments.seed + 1)
-        start = time.perf_counter()
-        curves[title] = train(
-            title, ours, data, steps, arguments.finetune_lr, arguments,
-            annealed if title == "annealed" else 0,
-        )  # fmt: skip
-        took[title] = time.perf_counter() - start
-        measure(title, ours, f"{steps} steps, {took[title]:.0f} s")
-
-    print(f"\n{report(model, example)}\n")
-    predicted = arguments.frames - arguments.context
-    titles = f"{predicted} frames", f"{LONGER * predicted} frames"
-    print(f"{'':<20}{titles[0]:>10}{titles[1]:>11}{'defect':>10}  fine-tuned")
-    print(*table, sep="\n")
-    print("(loss on unseen digits, in nats per pixel; the largest defect of the hidden-to-hidden blocks)")
-    pictures = arguments.out / "losses.png", arguments.out / "frames.png"
-    del curves[AS_LONG]
-    draw_losses(pictures[0], curves)
-    draw_frames(pictures[1], rows, arguments.context)
-    print(f"\nwrote {', '.join(map(str, (*([] if arguments.load else [checkpoint]), *pictures)))}")
+    jobs = []
+    for start, budget in [(s, b) for s in get_args(Start) for b in ("seconds", "steps")]:
+        for name, variant in variants.items():
+            fresh, is_long = start.startswith("fresh"), start.endswith("long")
+            if (fresh and not variant.anneal) or (not fresh and variant.start):
+                continue  # these make no difference there
+            if budget == "steps" and (not arguments.all or is_long or costs[name] == 1):
+                continue
+            if start == "fresh, long" and not arguments.all:
+                continue
+            steps, lr = (
+                (arguments.steps, arguments.lr) if fresh else (arguments.finetune, arguments.finetune_lr)
+            )
+            steps = max(1, round(steps / costs[name])) if budget == "seconds" else steps
+            jobs += [(settings, name, start, budget, seed, steps, lr, out) for seed in seeds]
+    first = [job for job in jobs if job[2] == "fresh" and job[1].endswith("original")]
+    others = [job for job in jobs if job not in first]
+    rows = []
+    for title, some in (("the original", first), ("all others", others)):
+        rows += run(experiment, some, sum(job[5] for job in some), title, arguments.workers)
+    save(out / "moving_digits.csv", rows)
+    draw_losses(out / "moving_digits.png", rows, settings)
+    frames = frames_of(settings, seeds[0], out)
+    draw_frames(out / "moving_digits_frames.png", frames, settings.context)
+    print(tables(rows, costs, settings))
+    print(
+        "\n(loss in nats per pixel on digits that were not trained on, and its ratio to the original's;"
+        "\ncost of a step over the original's; the largest defect of what is to be orthogonal)"
+    )
+    print(f"moving_digits.csv, moving_digits.png and moving_digits_frames.png are in {out}")
 
 
 if __name__ == "__main__":

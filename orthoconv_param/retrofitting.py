@@ -59,7 +59,8 @@ def retrofit(
         select: which convolutions: names as in ``model.named_modules()``, with ``*`` and ``?``, or a
             function of ``(name, module)``. Default: those that ``blocks`` name, or all.
         blocks: the blocks of weights that are to be orthogonal; the rest of a weight stays free.
-            ``"recurrent"``: those that `recurrent_blocks` finds. Or a dict from names of convolutions, with
+            ``"recurrent"``: those that `recurrent_blocks` finds; convolutions that are orthogonal already
+            are left alone, unless ``select`` names them. Or a dict from names of convolutions, with
             ``*`` and ``?``, to pairs of slices ``(out, in)`` of the weight's first two axes, all alike.
             `functional.gate_blocks` gives those of a cell. Those that read channels which are no state are
             made all the same, with a warning, if the example shows it. Default: whole weights.
@@ -261,7 +262,11 @@ def _chosen(
         if blocks != "recurrent":
             raise ValueError(f'blocks should be "recurrent" or a dict. Found {blocks!r}')
         found = recurrent_blocks(model, example_inputs)
-        stacked = {name: pairs for name, pairs in found.items() if name in chosen}
+        stacked = {
+            name: pairs
+            for name, pairs in found.items()
+            if name in chosen and not (select is None and _is_orthogonal(chosen[name]))
+        }
         if not stacked:
             raise ValueError(
                 'blocks="recurrent" should find convolutions that read their own earlier output, by gates '
@@ -281,6 +286,10 @@ def _chosen(
         if select is not None:
             return chosen, stacked
     return {name: module for name, module in chosen.items() if name in stacked}, stacked
+
+
+def _is_orthogonal(module: nn.Module) -> bool:
+    return any(isinstance(part, Registered) for part in module.modules())
 
 
 def _flaw(module: Any, blocks: list[Block]) -> Exception | None:

@@ -444,6 +444,8 @@ def test_the_orthogonal_networks_may_be_split(script, tmp_path, monkeypatch, cap
 OUTPUTS = {
     "long_memory": ("recall", {"network", "delay", "rate", "seed", "test_error"}),
     "row_digits": ("row_digits", {"task", "network", "rate", "seed", "test_accuracy"}),
+    "moving_digits": ("moving_digits", {"network", "start", "budget", "steps", "short", "long", "defect"}),
+    "occlusion": ("occlusion", {"network", "start", "delay", "steps", "error"}),
     "gradient_flow": ("gradient_flow", {"network", "trained", "seed", "step", "norm"}),
     "critical_response": ("critical_response", {"law", "seed", "x", "y", "predicted"}),
 }

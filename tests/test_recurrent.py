@@ -30,7 +30,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from orthoconv_param import generators, recurrent_blocks, report, retrofit, runtime, set_orthogonality
+from orthoconv_param import (
+    generators,
+    orthogonal,
+    recurrent_blocks,
+    report,
+    retrofit,
+    runtime,
+    set_orthogonality,
+)
 from orthoconv_param.functional import gate_blocks
 from orthoconv_param.models import call
 from orthoconv_param.parametrizations.split import SplitExponential
@@ -344,6 +352,40 @@ def test_select_restricts_what_is_found_and_blocks_touch_only_what_they_name():
     assert made == ["convq1"]
     with pytest.raises(ValueError, match=r"Found none among \['encode'\]"):
         retrofit(make("GRU, separable")[0], example, blocks="recurrent", select="encode")
+
+
+class _Moving(nn.Module):
+    """A ConvLSTM whose memory may move."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = nn.Conv2d(1 + 4, 4 * 4, 3, padding=1)
+        self.move = orthogonal(nn.Conv2d(4, 4, 3, padding=1), method="split", boundary="walls")
+
+    def forward(self, video):
+        h = c = video.new_zeros(len(video), 4, *video.shape[-2:])
+        for x in video.unbind(1):
+            i, f, o, g = self.gates(torch.cat([x, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * self.move(c) + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return h
+
+
+def test_what_is_orthogonal_already_is_left_alone():
+    torch.manual_seed(0)
+    model, video = _Moving(), torch.randn(2, 3, 1, 6, 5)
+    before, moves = model(video), [*model.move.parameters()]
+    assert set(recurrent_blocks(model, video)) == {"gates", "move"}
+    retrofit(model, video, blocks="recurrent")
+    torch.testing.assert_close(model(video), before)
+    assert all(a is b for a, b in zip(moves, model.move.parameters(), strict=True))
+    set_orthogonality(model, 1, final=True)
+    assert [row.name for row in report(model, video).rows if row.parametrized == "yes"][-1] == "move"
+    with pytest.raises(ValueError, match="Found none among"):
+        retrofit(model, video, blocks="recurrent")
+    for options in ({"select": "move", "blocks": "recurrent"}, {"blocks": {"move": [(slice(0, 4),) * 2]}}):
+        with pytest.raises(ValueError, match="move: module should not be parametrized yet"):
+            retrofit(model, video, **options)
 
 
 @pytest.mark.parametrize(

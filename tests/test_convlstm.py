@@ -1,0 +1,213 @@
+"""The experiments with ConvLSTMs: what is asked of the networks, and what they are made of."""
+
+import itertools
+import sys
+
+import convlstm
+import moving_digits
+import occlusion
+import pytest
+import torch
+from convlstm import ConvLSTM, Variant, cost_of_a_step, train
+from moving_digits import MovingDigits, Settings
+from occlusion import MARGIN, SCREEN, SIDE, Occlusion
+from oracles import defect, operator
+from torch import nn
+
+HIDDEN = 4
+VARIANTS = {**moving_digits.VARIANTS, **moving_digits.MORE, **occlusion.MORE}
+TASKS = {"digits": lambda: MovingDigits(11, 5, 3), "occlusion": lambda: Occlusion(2)}
+
+
+def trained(name):
+    torch.manual_seed(0)
+    return ConvLSTM(HIDDEN, VARIANTS[name].boundary).state_dict()
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.anneal and not v.start])
+def test_variants_of_a_trained_network_compute_what_it_did(name):
+    variant, task = VARIANTS[name], MovingDigits(11, 6, 3)
+    video, original = task.batch(2), ConvLSTM(HIDDEN, variant.boundary)
+    original.load_state_dict(trained(name))
+    model = variant.made(HIDDEN, task, trained(name))
+    torch.testing.assert_close(model(video, 3), original(video, 3), rtol=1e-4, atol=1e-5)
+    assert len(list(model.parameters())) >= len(list(original.parameters()))
+
+
+class Block(nn.Module):
+    """A gate's part of a network's convolution, from state to state."""
+
+    def __init__(self, model, gate):
+        super().__init__()
+        self.gates, self.gate = model.gates, gate
+        self.in_channels, self.transposed, self.bias = HIDDEN, False, None
+
+    def forward(self, h):
+        x = torch.cat([torch.zeros_like(h[:, :1]), h], 1)
+        return (self.gates(x) - self.gates(torch.zeros_like(x))).chunk(4, 1)[self.gate]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_to_be_orthogonal_is_so_after_training(name, checkpoint):
+    variant, task = VARIANTS[name], TASKS["digits"]()
+    way = checkpoint and variant.blocks != "none" and variant.anneal and not variant.start
+    model = variant.made(HIDDEN, task, trained(name) if checkpoint else None)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = train(model, task, 3, 1e-2, batch=2, annealed=2 if way else 0)
+    assert len(losses) == 3
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    orthogonal = (
+        [] if variant.start else {"none": [], "candidate": [3], "all": [0, 1, 2, 3]}[variant.blocks]
+    )
+    sizes = [(11, 11), (7, 12)]
+    if variant.boundary == "circular" and variant.method == "exponential":
+        sizes = [(11, 11)] if checkpoint else sizes[:1]
+    for gate, size in itertools.product(range(4), sizes):
+        found = defect(operator(Block(model, gate), size))
+        assert found < 1e-5 if gate in orthogonal else found > 1e-2
+    for size in sizes:
+        found = defect(operator(model.move, size)) if variant.memory != "none" else 0.0
+        assert found > 1e-4 if variant.memory == "free" else found < 1e-5
+
+
+def test_a_path_of_the_memory_is_made_as_the_boundary_is():
+    for boundary, free in itertools.product(("walls", "circular"), (False, True)):
+        move = convlstm.memory_path(HIDDEN, boundary, free=free)
+        x = torch.randn(2, HIDDEN, 5, 6)
+        torch.testing.assert_close(move(x), x)
+        assert ("walls" in str(move)) == (boundary == "walls" and not free)
+
+
+def test_after_the_context_a_network_sees_what_it_predicted():
+    torch.manual_seed(0)
+    model, video = ConvLSTM(HIDDEN), MovingDigits(11, 6, 3).batch(2)
+    seen, changed = model(video, 3), video.clone()
+    changed[:, 3:] = 1
+    assert torch.equal(model(changed, 3), seen)
+    changed[:, 2:] = 1
+    assert not torch.equal(model(changed, 3), seen)
+    predicted = torch.cat([video[:, :3], seen[:, 2:4].sigmoid()], 1)
+    torch.testing.assert_close(model(predicted, 99), seen[:, :4])
+
+
+def test_costs_are_of_all_variants():
+    costs = cost_of_a_step([Variant(), Variant("all")], HIDDEN, TASKS["digits"](), 2, rounds=2)
+    assert len(costs) == 2
+    assert all(0.1 < cost < 100 for cost in costs)
+
+
+# Moving digits
+
+
+def test_digits_bounce_off_the_walls_and_stay_whole():
+    data = MovingDigits(12, 30, 3, "test", seed=1)
+    video = data.batch(4)
+    assert video.shape == (4, 30, 1, 12, 12)
+    totals = video.sum((2, 3, 4))
+    assert torch.equal(totals, totals[:, :1].expand_as(totals))
+    digits = {tuple(d.flatten().tolist()) for d in data.digits}
+    for frame in (video[0, 0, 0], video[0, 17, 0]):
+        windows = frame.unfold(0, 8, 1).unfold(1, 8, 1).reshape(-1, 64).tolist()
+        assert any(tuple(window) in digits for window in windows)
+    assert (video[:, 1:] != video[:, :-1]).flatten(2).any(2).all()
+
+
+def test_no_digit_is_in_two_sets():
+    sets = [set(range(*where.indices(1797))) for where in moving_digits.SETS.values()]
+    assert sum(map(len, sets)) == 1797
+    assert not any(a & b for a, b in itertools.combinations(sets, 2))
+
+
+def test_what_is_measured():
+    settings = Settings(HIDDEN, 11, 5, 3, 2, 0.3, "validation")
+    data = settings.videos("training", 0)
+    model = Variant("all").made(HIDDEN, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moving_digits, "ROLLOUT", 120)
+        row = moving_digits.measured(settings, model, data)
+        plain = moving_digits.measured(settings, ConvLSTM(HIDDEN), data)
+    assert row["defect"] < 1e-5 < 1e-2 < plain["defect"]
+    with torch.no_grad():
+        video = settings.videos("validation", 99).batch(128)
+        predicted = model(video, 3).sigmoid()[:, 1:]
+    expected = torch.nn.functional.binary_cross_entropy(predicted, video[:, 2:])
+    assert row["short"] == pytest.approx(expected.item(), rel=1e-4)
+    assert all(x == x and x >= 0 for x in row.values())
+
+
+# Occlusion
+
+
+@pytest.mark.parametrize("hidden", [1, 5])
+def test_a_digit_is_hidden_for_as_long_as_is_said(hidden):
+    task = Occlusion(hidden, "test", seed=1)
+    video, left = task.batch(6)
+    assert left.any()
+    assert not left.all()
+    seen = torch.where(task.screen, 0, video).flatten(2)
+    assert (video[..., task.screen] == SCREEN).all()
+    blank = seen.abs().amax(2) == 0
+    assert (blank.sum(1) >= hidden).all()  # a digit may have blank columns
+    assert (blank[:, task.context - hidden : task.context]).all()
+    # what comes in is what comes out, and no mirror image of it
+    whole = torch.stack([task.outside(video, left)[:, -1], task.outside(video, left)[:, -1].flip(-1)])
+    out = torch.where(left[:, None, None], whole[1], whole[0])
+    first = torch.where(left[:, None, None], video[:, 0, 0, :, -MARGIN:], video[:, 0, 0, :, :MARGIN])
+    place = torch.where(left[:, None, None], first[..., :SIDE], first[..., 2:])
+    came = torch.where(left[:, None, None], out[..., 2:], out[..., :SIDE])
+    assert torch.equal(came, place)
+    assert any((place[n] == d).all(-1).all(-1).any() for n in range(6) for d in [task.digits])
+
+
+def test_errors_are_over_that_of_the_mean_digit():
+    task = Occlusion(2, "test", seed=3)
+    mean = Occlusion(2, "test", seed=3)
+
+    class Mean(nn.Module):
+        def __init__(self, digits):
+            super().__init__()
+            self.digits = digits
+
+        def forward(self, video, context, screen):
+            digits = self.digits if self.digits.ndim == 3 else self.digits.expand(len(video), SIDE, SIDE)
+            return mean.video(digits, left)[:, 1:].clamp(1e-7, 1 - 1e-7).logit()
+
+    state = task.random.get_state()
+    _, left = task.batch(5)
+    task.random.set_state(state)
+    assert task.error(Mean(task.mean), 5) == pytest.approx(1, abs=1e-3)
+    task.random.set_state(state)
+    true = task.digits[torch.randint(len(task.digits), (5,), generator=task.random)]
+    task.random.set_state(state)
+    assert task.error(Mean(true), 5) < 1e-6
+
+
+def test_gradients_over_time_are_those_by_state_and_memory():
+    torch.manual_seed(0)
+    task, model = Occlusion(2), ConvLSTM(HIDDEN)
+    norms = occlusion.gradients(model, task)
+    assert len(norms) == len(task.columns) - 1
+    assert norms[-1] > 0
+    assert norms[0] < norms[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [moving_digits, occlusion], ids=lambda script: script.__name__)
+def test_all_variants_run(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
+    monkeypatch.setattr(moving_digits, "ROLLOUT", 120)
+    monkeypatch.setattr(sys, "argv", ["name", "--all", "--quick", "--seeds", "0", "--out", str(tmp_path)])
+    script.main()
+    printed = capsys.readouterr().out
+    for name in {**script.VARIANTS, **script.MORE}:
+        assert f"| {name} |" in printed
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    torch.set_flush_denormal(False)
+
+
+def test_bad_options_are_refused(monkeypatch):
+    for options in (["--canvas", "9"], ["--context", "14"], ["--annealed", "0"]):
+        monkeypatch.setattr(sys, "argv", ["name", *options])
+        with pytest.raises(SystemExit):
+            moving_digits.main()
