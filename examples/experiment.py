@@ -7,17 +7,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from convrnn import Method, Recurrent
+from convrnn import Boundary, Method, Recurrent
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
 TRAINING_DIGITS = 1500  # of 1797; the others are for testing
+METHODS: dict[Boundary, tuple[Method, ...]] = {
+    "circular": ("exponential",),
+    "walls": ("exponential", "split"),
+}  # of our networks, if none is asked for
 
 
 class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -34,12 +39,32 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def add_method(
-    options: argparse.ArgumentParser, default: Method | None = "exponential", note: str = ""
-) -> None:
-    """Add the option ``--method`` of experiments whose orthogonal networks may have either."""
-    text = f"of the orthogonal and unitary convolutions; split ones have fewer parameters{note}"
-    options.add_argument("--method", choices=get_args(Method), default=default, help=text)
+def add_method_and_boundary(options: argparse.ArgumentParser) -> None:
+    """Add the options ``--method`` and ``--boundary`` of the paper's networks. See `methods_of`."""
+    text = "of the orthogonal and unitary convolutions; by default exponential, between walls both"
+    options.add_argument("--method", choices=get_args(Method), help=text)
+    options.add_argument("--boundary", choices=get_args(Boundary), default="circular", help="of the images")
+
+
+def methods_of(arguments: argparse.Namespace) -> tuple[Method, ...]:
+    """Return the methods that were asked for; split networks have fewer parameters."""
+    return (arguments.method,) if arguments.method else METHODS[arguments.boundary]
+
+
+def ours(
+    methods: Sequence[Method], **networks: Callable[..., Any]
+) -> dict[str, Callable[[int], Recurrent]]:
+    """Return our networks, once for each method, which their names tell if there are several.
+
+    Args:
+        methods: of the convolutions.
+        networks: by their first word, functions that make one, given the number of groups and ``method``.
+    """
+    return {
+        f"{word} ConvRNN{f', {method}' if len(methods) > 1 else ''}": partial(make, method=method)
+        for word, make in networks.items()
+        for method in methods
+    }
 
 
 def positive(text: str) -> int:

@@ -17,7 +17,7 @@ a state is left after up to 1000 steps of operators with each boundary (`leak.py
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import leak
 import matplotlib
@@ -28,12 +28,15 @@ import torch
 from baselines import ConvGRUCell, ConvLSTMCell, PlainConvRNNCell
 from convrnn import Boundary, Cell, ConvRNNCell, Method, Recurrent, convolution
 from experiment import (
+    METHODS,
     TRAINING_DIGITS,
-    add_method,
+    add_method_and_boundary,
     best_members,
     digits,
     fit,
     mean_and_deviation,
+    methods_of,
+    ours,
     parse,
     parser,
     population,
@@ -52,10 +55,6 @@ RATES = (3e-3, 1e-2, 3e-2)
 STEPS = {100: 60, 500: 30, 1000: 20}  # of Adam, for each delay
 BATCH = 8
 SPREAD = 1e-3  # of the generators' initial values: U is near the identity
-METHODS: dict[Boundary, tuple[Method, ...]] = {
-    "circular": ("exponential",),
-    "walls": ("exponential", "split"),
-}
 IMAGES: dict[Boundary, str] = {"circular": "periodic images", "walls": "images between walls"}
 COLOURS = {
     "orthogonal ConvRNN": leak.CIRCULAR,
@@ -94,18 +93,10 @@ def networks(
     fit the delay. The second plain ConvRNN starts from the identity, as ours nearly do.
     """
     network = partial(_network, boundary=boundary)
-    ours = {
-        f", {method}" if len(methods) > 1 else "": partial(
-            network, ConvRNNCell, spread=SPREAD, phi=phi, method=method
-        )
-        for method in methods
-    }
-    complex_dtype = torch.get_default_dtype().to_complex()
+    make = partial(network, ConvRNNCell, spread=SPREAD, phi=phi)
+    unitary = partial(make, 8, dtype=torch.get_default_dtype().to_complex())
     return {
-        **{f"orthogonal ConvRNN{which}": partial(make, 12) for which, make in ours.items()},
-        **{
-            f"unitary ConvRNN{which}": partial(make, 8, dtype=complex_dtype) for which, make in ours.items()
-        },
+        **ours(methods, orthogonal=partial(make, 12), unitary=unitary),
         "ConvLSTM": partial(network, ConvLSTMCell, 6),
         "ConvLSTM (chrono)": partial(network, ConvLSTMCell, 6, delay=delay),
         "ConvGRU": partial(network, ConvGRUCell, 7),
@@ -221,12 +212,11 @@ def main() -> None:
     options.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation in the frames that follow"
     )
-    options.add_argument("--boundary", choices=get_args(Boundary), default="circular", help="of the images")
-    add_method(options, None, "; by default exponential, between walls both")
+    add_method_and_boundary(options)
     arguments = parse(options, delays=[10, 20], seeds=[0, 1], rates=[1e-2, 3e-2], steps=20)
 
     boundary: Boundary = arguments.boundary
-    methods = (arguments.method,) if arguments.method else METHODS[boundary]
+    methods = methods_of(arguments)
     names = list(networks(0, methods=methods, boundary=boundary))
     kinds = [(name, delay) for delay in sorted(arguments.delays, reverse=True) for name in names]
     seeds, rates = arguments.seeds, list(arguments.rates)

@@ -2,12 +2,13 @@
 
 Real scanned digits (scikit-learn's, 8x8) come as 8 frames, the rows, on a periodic 1-d lattice of 8
 sites; then as 64 frames of one pixel, in an order drawn once, which enters at the first site (the others
-are fed zero). At the end a linear map tells the digit from what the network puts out at all sites: of
-ours its modulus, which is what phi acts on. All networks have about as many parameters; the dense one,
-geotorch's orthogonal expRNN, sees a frame as a vector. Each is trained by Adam for equally many steps,
-with each learning rate of the grid and each seed, on 1300 digits; reported is the accuracy on 297 others,
-with the rate that is best on 200 more. (What is orthogonal is trained at 8/T of the rate, T the number of
-frames.)
+are fed zero). With ``--boundary walls`` the lattice ends: the orthogonal networks then lose nothing there,
+and all other convolutions are zero-padded. At the end a linear map tells the digit from what the network
+puts out at all sites: of ours its modulus, which is what phi acts on. All networks have about as many
+parameters (split ones fewer); the dense one, geotorch's orthogonal expRNN, sees a frame as a vector. Each
+is trained by Adam for equally many steps, with each learning rate of the grid and each seed, on 1300
+digits; reported is the accuracy on 297 others, with the rate that is best on 200 more. (What is orthogonal
+is trained at 8/T of the rate, T the number of frames.)
 
     python examples/row_digits.py --out DIR
 
@@ -15,7 +16,7 @@ writes row_digits.csv (a row for each task, network, rate and seed) and row_digi
 table: mean and standard deviation over the seeds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from baselines import ConvGRUCell, ConvLSTMCell, ExpRNNCell, PlainConvRNNCell
-from convrnn import Cell, ConvRNNCell, Method, Recurrent
+from convrnn import Boundary, Cell, ConvRNNCell, Method, Recurrent
 from experiment import (
+    METHODS,
     TRAINING_DIGITS,
-    add_method,
+    add_method_and_boundary,
     best_members,
     digits,
     fit,
+    methods_of,
+    ours,
     parse,
     parser,
     population,
@@ -79,17 +83,20 @@ def _dense(inputs: int, channels: int, groups: int) -> Recurrent:
     return Recurrent(ExpRNNCell(inputs, channels, groups=groups), read)
 
 
-def networks(task: str, method: Method = "exponential") -> dict[str, Callable[[int], Recurrent]]:
+def networks(
+    task: str, methods: Sequence[Method] = METHODS["circular"], boundary: Boundary = "circular"
+) -> dict[str, Callable[[int], Recurrent]]:
     """Return for each network a function that makes it, given the number of groups."""
     few = task == "rows"  # phi saturates at every step: over many steps the first frames would be lost
     phi = {"phi": "sigmoid", "bias": True} if few else {"phi": "modrelu"}
-    ours = partial(_network, ConvRNNCell, spread=SPREAD, method=method, **phi)
+    network = partial(_network, boundary=boundary)
+    make = partial(network, ConvRNNCell, spread=SPREAD, **phi)
+    unitary = partial(make, 16, dtype=torch.get_default_dtype().to_complex())
     return {
-        "orthogonal ConvRNN": partial(ours, 20),
-        "unitary ConvRNN": partial(ours, 16, dtype=torch.get_default_dtype().to_complex()),
-        "ConvLSTM": partial(_network, ConvLSTMCell, 12),
-        "ConvGRU": partial(_network, ConvGRUCell, 14),
-        "plain ConvRNN": partial(_network, PlainConvRNNCell, 20),
+        **ours(methods, orthogonal=partial(make, 20), unitary=unitary),
+        "ConvLSTM": partial(network, ConvLSTMCell, 12),
+        "ConvGRU": partial(network, ConvGRUCell, 14),
+        "plain ConvRNN": partial(network, PlainConvRNNCell, 20),
         "expRNN, dense": partial(_dense, *((8, 45) if few else (1, 48))),
     }
 
@@ -104,11 +111,18 @@ def frames(images: Tensor, task: str, dense: bool) -> list[Tensor]:
 
 
 def experiment(
-    task: str, name: str, seeds: list[int], rates: list[float], steps: int, batch: int, method: Method
+    task: str,
+    name: str,
+    seeds: list[int],
+    rates: list[float],
+    steps: int,
+    batch: int,
+    methods: Sequence[Method],
+    boundary: Boundary,
 ) -> list[dict[str, Any]]:
     """Train a network with all seeds and rates; return the rows of the CSV file."""
     images, labels = digits()
-    make = networks(task, method)[name]
+    make = networks(task, methods, boundary)[name]
     dense = "dense" in name
     every_seed = seeds * len(rates)
     training = TRAINING_DIGITS - VALIDATION_DIGITS
@@ -133,6 +147,7 @@ def experiment(
     network, best = best_members(make, network, rates, -validation)
     test = accuracy(network, slice(TRAINING_DIGITS, None), len(seeds))
     same = {"task": task, "network": name, "parameters": size_of(network) // len(seeds), "steps": steps}
+    same["boundary"] = boundary
     return rows_of(seeds, rates, best, ("validation_accuracy", validation), ("test_accuracy", test), **same)
 
 
@@ -143,7 +158,7 @@ def accuracies_of(rows: list[dict[str, Any]], task: str, name: str) -> list[floa
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw a bar for each network, and a dot for each seed."""
-    names = list(networks("rows"))
+    names = list(dict.fromkeys(row["network"] for row in rows))
     figure, panels = plt.subplots(1, len(FRAMES), figsize=(11, 3.5), layout="constrained", sharey=True)
     for axes, task in zip(panels, FRAMES, strict=True):
         for n, name in enumerate(names):
@@ -166,12 +181,13 @@ def main() -> None:
         "--steps", type=positive, nargs=2, default=default, metavar="N", help=help_of_steps
     )
     options.add_argument("--batch", type=positive, default=32, help="digits at once")
-    add_method(options)
+    add_method_and_boundary(options)
     arguments = parse(options, seeds=[0, 1], rates=[1e-2, 3e-2], steps=[60, 10])
     steps = dict(zip(FRAMES, arguments.steps, strict=True))
     seeds, rates = arguments.seeds, list(arguments.rates)
-    kinds = [(task, name) for task in reversed(FRAMES) for name in networks(task)]
-    settings = (arguments.batch, arguments.method)
+    methods, boundary = methods_of(arguments), arguments.boundary
+    kinds = [(task, name) for task in reversed(FRAMES) for name in networks(task, methods, boundary)]
+    settings = (arguments.batch, methods, boundary)
     jobs = [(*kind, seeds, rates, steps[kind[0]], *settings) for kind in kinds]
     total = sum(FRAMES[task] * steps[task] for task, _ in kinds) * len(seeds) * len(rates)
     rows = [row for some in run(experiment, jobs, total, "all networks", arguments.workers) for row in some]

@@ -377,6 +377,34 @@ def test_recall_between_walls_runs_with_a_small_budget(tmp_path, monkeypatch, ca
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_rows_between_walls_run_with_a_small_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(row_digits, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
+    monkeypatch.setattr("sys.argv", ["name", "--boundary", "walls", *SMALLEST[row_digits]])
+    monkeypatch.chdir(tmp_path)
+    row_digits.main()
+    printed = capsys.readouterr().out
+    with (tmp_path / "row_digits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["boundary"] for row in rows} == {"walls"}
+    for network in ("orthogonal ConvRNN, exponential", "unitary ConvRNN, split", "expRNN, dense"):
+        assert f"| {network} |" in printed
+
+
+def test_rows_between_walls_are_not_periodic():
+    networks = row_digits.networks("rows", ["exponential", "split"], "walls")
+    assert len(networks) == 8
+    for name, make in networks.items():
+        if name == "expRNN, dense":
+            continue
+        network = make(1)
+        convolutions = [m for m in network.cell.modules() if isinstance(m, nn.Conv1d)]
+        assert all(m.padding_mode != "circular" for m in convolutions)
+        if "orthogonal" in name:
+            assert defect(operator(network.cell.recurrence, (8,))) < 1e-5
+            assert defect(operator(network.cell.recurrence, (5,))) < 1e-5
+
+
 @pytest.mark.parametrize("operator", leak.OPERATORS)
 def test_zeros_lose_a_state_and_walls_do_not(operator):
     left = leak.norms(operator, seed=0)
