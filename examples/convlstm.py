@@ -5,7 +5,8 @@ A variant is a network that is made orthogonal in some place, before it is train
   blocks      the hidden-to-hidden blocks of the gates' convolution, all four or that of the candidate,
               by `retrofit`;
   memory      an orthogonal path of the memory, ``c = f * U(c) + i * g``. `U` starts as the identity, so
-              that a trained network computes what it did.
+              that a trained network computes what it did; or, before any training, as shifts by a pixel
+              a step, so that what is remembered moves: a quarter of the channels in each direction.
 
 All variants have the same time. How long a step of each takes is measured once, side by side with the
 original in one process; it then does as many steps as the original does in that time.
@@ -91,7 +92,8 @@ class Variant:
 
     Args:
         blocks: of the gates' convolution.
-        memory: whether the memory has an orthogonal path, or a free one that starts as it does.
+        memory: whether the memory has an orthogonal path that starts as the identity, or as shifts
+            sideways or along the diagonals; or a free path that starts as the identity.
         method: of the blocks.
         boundary: of the images.
         anneal: whether a trained network is moved there by degrees.
@@ -100,16 +102,27 @@ class Variant:
     """
 
     blocks: Literal["none", "candidate", "all"] = "none"
-    memory: Literal["none", "orthogonal", "free"] = "none"
+    memory: Literal["none", "identity", "sideways", "diagonal", "free"] = "none"
     method: Method = "split"
     boundary: Boundary = "walls"
     anneal: bool = True
     start: bool = False
     slower: float = 1.0
 
+    @property
+    def moves(self) -> bool:
+        """Return True if the memory starts as shifts, so that no trained original computes the same."""
+        return self.memory in ("sideways", "diagonal")
+
     def made(self, hidden: int, task: Task, checkpoint: Mapping[str, Tensor] | None = None) -> ConvLSTM:
-        """Return a network: from a trained one's checkpoint, or as it is drawn."""
+        """Return a network: as it is drawn, or from a checkpoint of a trained original.
+
+        One whose memory starts as shifts takes a checkpoint of its own kind.
+        """
         model = ConvLSTM(hidden, self.boundary)
+        if self.moves:
+            model.move = memory_path(hidden, self.boundary)
+            model.move.weight = shifts(hidden, diagonal=self.memory == "diagonal")
         if checkpoint is not None:
             model.load_state_dict(checkpoint)
         if self.blocks != "none":
@@ -121,15 +134,23 @@ class Variant:
                 parametrize.remove_parametrizations(model.gates, "weight")
             else:
                 retrofit(model, task.example(), blocks=chosen, method=self.method, anneal=anneal)
-        if self.memory != "none":
+        if self.memory in ("identity", "free"):
             model.move = memory_path(hidden, self.boundary, free=self.memory == "free")
         return model
 
 
-MEMORY = Variant(memory="orthogonal", slower=0.3)  # of 0.3, 1 and 3 the best on validation digits
+MEMORY = Variant(memory="identity", slower=0.3)  # of 0.3, 1 and 3 the best on validation digits
 
 
-def memory_path(hidden: int, boundary: Boundary = "walls", *, free: bool = False) -> nn.Module:
+def shifts(hidden: int, *, diagonal: bool) -> Tensor:
+    """Return the kernel that moves channels by a pixel: left and right, or along the four diagonals."""
+    kernel = torch.zeros(hidden, hidden, 3, 3)
+    for c in range(hidden):
+        kernel[c, c, 2 * (c // 2 % 2) if diagonal else 1, 2 - 2 * (c % 2)] = 1
+    return kernel
+
+
+def memory_path(hidden: int, boundary: Boundary = "walls", *, free: bool = False) -> Any:
     """Return an orthogonal convolution that starts as the identity; or a free one that does."""
     move: Any = nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode=PADDING[boundary], bias=False)
     if free:

@@ -6,13 +6,15 @@ predicts the rest. Of each variant (`convlstm.py` says what they are) it is aske
 than the original that has as many seconds:
 
   fresh          trained from the beginning;
-  trained        made of the trained original, and fine-tuned on the same kind of videos;
-  trained, long  made of the trained original, and fine-tuned on five times as many predicted frames.
+  trained, long  made of the trained original, and fine-tuned on five times as many predicted frames (the
+                 moving memory, which no trained original has, goes on from its own training);
+  trained        the same, fine-tuned on videos as before; and `fresh, long`, from the beginning on long
+                 ones: both with ``--all``.
 
 How many steps the same seconds are is measured at the start, side by side. With ``--all`` there are more
 variants (the candidate's block alone, paths of the memory, exponential and split, circular and walls, at
-once or by degrees, an orthogonal beginning alone), `fresh, long`, and tables for as many steps as the
-original too.
+once or by degrees, an orthogonal beginning alone), all ways of training, and tables for as many steps as
+the original too.
 
     python examples/moving_digits.py --out DIR
 
@@ -48,11 +50,12 @@ NOISE = 0.2  # standard deviation
 VARIANTS = {
     "original": Variant(),
     "all blocks": Variant("all"),
+    "moving memory": Variant(memory="diagonal", slower=0.3),
 }
 MORE = {
     "candidate's block": Variant("candidate"),
     "memory path": MEMORY,
-    "memory path and candidate's block": Variant("candidate", "orthogonal", slower=MEMORY.slower),
+    "memory path and candidate's block": Variant("candidate", "identity", slower=MEMORY.slower),
     "memory path, free": Variant(memory="free"),
     "all blocks, only at first": Variant("all", start=True),
     "all blocks, at once": Variant("all", anneal=False),
@@ -144,7 +147,8 @@ def experiment(
     torch.set_flush_denormal(True)  # what has decayed to less than 1e-38 costs a CPU a hundredfold
     variant = {**VARIANTS, **MORE}[name]
     fresh, is_long = start.startswith("fresh"), start.endswith("long")
-    checkpoint = _path(out, "fresh", f"{_before(variant)}-seconds", seed)
+    before = name if variant.moves else _before(variant)
+    checkpoint = _path(out, "fresh", f"{before}-seconds", seed)
     torch.manual_seed(seed)
     frames = settings.long if is_long else settings.frames
     data = settings.videos("training", seed if fresh else 1000 + seed, frames)
@@ -273,7 +277,8 @@ def draw_losses(path: Path, rows: list[dict[str, Any]], settings: Settings) -> N
             axes.set_yticks(range(len(names)), names)
             axes.set(title=f"{start}, {count} predicted frames", ylim=(len(names) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
-            axes.set_xlabel("nats per pixel: a dot for each seed, a bar for the mean")
+            if start == starts[-1]:
+                axes.set_xlabel("nats per pixel: a dot for each seed, a bar for the mean")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -319,8 +324,8 @@ def main() -> None:
         options.add_argument(name, type=positive if name != "--context" and isinstance(default, int)
                              else type(default), default=default, help=text)  # fmt: skip
 
-    add("--steps", 600, "of Adam, of the original from the beginning")
-    add("--finetune", 300, "of Adam, of the trained original")
+    add("--steps", 450, "of Adam, of the original from the beginning")
+    add("--finetune", 150, "of Adam, of the trained original")
     add("--lr", 3e-2, "highest learning rate from the beginning")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
     add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")
@@ -357,17 +362,18 @@ def main() -> None:
                 continue  # these make no difference there
             if budget == "steps" and (not arguments.all or is_long or costs[name] == 1):
                 continue
-            if start == "fresh, long" and not arguments.all:
+            if start in ("trained", "fresh, long") and not arguments.all:
                 continue
             steps, lr = (
                 (arguments.steps, arguments.lr) if fresh else (arguments.finetune, arguments.finetune_lr)
             )
             steps = max(1, round(steps / costs[name])) if budget == "seconds" else steps
             jobs += [(settings, name, start, budget, seed, steps, lr, out) for seed in seeds]
-    first = [job for job in jobs if job[2] == "fresh" and job[1].endswith("original")]
+    begun = [name for name, v in variants.items() if v.moves or name.endswith("original")]
+    first = [job for job in jobs if job[1] in begun and job[2:4] == ("fresh", "seconds")]
     others = [job for job in jobs if job not in first]
     rows = []
-    for title, some in (("the original", first), ("all others", others)):
+    for title, some in (("what others start from", first), ("all others", others)):
         rows += run(experiment, some, sum(job[5] for job in some), title, arguments.workers)
     save(out / "moving_digits.csv", rows)
     draw_losses(out / "moving_digits.png", rows, settings)

@@ -9,11 +9,13 @@ for.
     python examples/occlusion.py --out DIR
 
 trains the original and its variants (`convlstm.py` says what they are): `fresh` from the beginning, with
-each T; and `trained`, made of an original that was trained with the least T, and fine-tuned. All have the
-same seconds. It prints a table: the squared error in drawing the digit where it comes out, on digits that
-were not trained on, over that of drawing the mean of all digits; means and standard deviations over the
-seeds. It writes occlusion.csv, a plot of gradients over time for the longest T, before and after training,
-and what was drawn. Settings are to be chosen with ``--validate``, which takes other digits.
+each T; and `trained`, made of an original that was trained with the least T, and fine-tuned. (The moving
+memory has been trained with the least T itself, for as long.) All have the same seconds.
+
+It prints a table: the squared error in drawing the digit where it comes out, on digits that were not
+trained on, over that of drawing the mean of all digits; means and standard deviations over the seeds. It
+writes occlusion.csv, a plot of gradients over time for the longest T, before and after training, and what
+was drawn. Settings are to be chosen with ``--validate``, which takes other digits.
 """
 
 import time
@@ -40,6 +42,7 @@ VARIANTS = {
     "original": Variant(),
     "all blocks": Variant("all"),
     "memory path": MEMORY,
+    "moving memory": Variant(memory="sideways", slower=0.03),
 }
 MORE = {
     "candidate's block": Variant("candidate"),
@@ -137,7 +140,8 @@ def experiment(
     variant = {**VARIANTS, **MORE}[name]
     torch.manual_seed(seed)
     task = Occlusion(delay, seed=seed if start == "fresh" else 1000 + seed)
-    before = _path(out, "fresh", "original", settings.shortest, seed)
+    first = name if variant.moves else "original"
+    before = _path(out, "fresh", first, settings.shortest, seed)
     trained = None if start == "fresh" else torch.load(before, weights_only=True)
     model = variant.made(settings.hidden, task, trained)
     has_way = start == "trained" and variant.blocks != "none"
@@ -153,7 +157,11 @@ def experiment(
 
 
 def _path(out: Path, start: Start, name: str, delay: int, seed: int) -> Path:
-    return out / "checkpoints" / f"occlusion-{start}-{name.replace(' ', '_')}-{delay}-{seed}.pt"
+    return (
+        out
+        / "checkpoints"
+        / f"occlusion-{start}-{name.replace(',', '').replace(' ', '_')}-{delay}-{seed}.pt"
+    )
 
 
 def errors_of(rows: list[dict[str, Any]], **same: Any) -> list[float]:
@@ -198,13 +206,13 @@ def gradients(model: ConvLSTM, task: Occlusion) -> list[float]:
 
 @torch.no_grad()
 def draw_frames(path: Path, settings: Settings, delay: int, seed: int, out: Path) -> None:
-    """Draw what comes out, as it is and as fresh networks draw it: the last frame of six videos."""
+    """Draw what comes out, as it is and as trained networks draw it: the last frame of six videos."""
     task = Occlusion(delay, settings.on, 99)
     video, left = task.batch(6)
     rows = {"true": task.outside(video, left)[:, -1]}
     for name, variant in VARIANTS.items():
         model = variant.made(settings.hidden, task)
-        model.load_state_dict(torch.load(_path(out, "fresh", name, delay, seed), weights_only=True))
+        model.load_state_dict(torch.load(_path(out, "trained", name, delay, seed), weights_only=True))
         drawn = model(video, task.context, task.screen).sigmoid()
         rows[name] = task.outside(drawn, left)[:, -1]
     figure, axes = plt.subplots(len(rows), 6, figsize=(8, 0.9 * len(rows) + 0.5), squeeze=False)
@@ -213,7 +221,10 @@ def draw_frames(path: Path, settings: Settings, delay: int, seed: int, out: Path
             axis.imshow(image.flip(-1) if mirrored else image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         some[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(f"six digits after {delay} hidden frames", fontsize=9)
+    figure.suptitle(
+        f"six digits after {delay} hidden frames, as the networks that were fine-tuned draw them",
+        fontsize=9,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -275,7 +286,12 @@ def main() -> None:
         steps = max(1, round(steps / costs[name]))
         return [(settings, name, start, delay, seed, steps, lr, out) for seed in seeds]
 
-    first = jobs("original", "fresh", shortest, arguments.steps[0], arguments.lr)
+    first = [
+        job
+        for name, variant in variants.items()
+        if name == "original" or variant.moves
+        for job in jobs(name, "fresh", shortest, arguments.steps[0], arguments.lr)
+    ]
     others = []
     for start in get_args(Start):
         fresh = start == "fresh"
@@ -286,7 +302,7 @@ def main() -> None:
                     lr = arguments.lr if fresh else arguments.finetune_lr
                     others += jobs(name, start, delay, steps, lr)
     rows = []
-    for title, some in ((f"the original, T = {shortest}", first), ("all others", others)):
+    for title, some in ((f"T = {shortest}", first), ("all others", others)):
         rows += run(experiment, some, sum(job[5] for job in some), title, arguments.workers)
     save(out / "occlusion.csv", rows)
     draw_gradients(out / "occlusion_gradients.png", settings, longer[-1], seeds[0], out)

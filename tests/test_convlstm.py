@@ -15,16 +15,26 @@ from oracles import defect, operator
 from torch import nn
 
 HIDDEN = 4
-VARIANTS = {**moving_digits.VARIANTS, **moving_digits.MORE, **occlusion.MORE}
+VARIANTS = {
+    **moving_digits.VARIANTS,
+    **moving_digits.MORE,
+    **occlusion.VARIANTS,
+    **occlusion.MORE,
+}
 TASKS = {"digits": lambda: MovingDigits(11, 5, 3), "occlusion": lambda: Occlusion(2)}
 
 
 def trained(name):
     torch.manual_seed(0)
-    return ConvLSTM(HIDDEN, VARIANTS[name].boundary).state_dict()
+    variant = VARIANTS[name]
+    if variant.moves:  # these start from their own kind
+        return variant.made(HIDDEN, TASKS["digits"]()).state_dict()
+    return ConvLSTM(HIDDEN, variant.boundary).state_dict()
 
 
-@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.anneal and not v.start])
+@pytest.mark.parametrize(
+    "name", [n for n, v in VARIANTS.items() if v.anneal and not v.start and not v.moves]
+)
 def test_variants_of_a_trained_network_compute_what_it_did(name):
     variant, task = VARIANTS[name], MovingDigits(11, 6, 3)
     video, original = task.batch(2), ConvLSTM(HIDDEN, variant.boundary)
@@ -77,6 +87,29 @@ def test_a_path_of_the_memory_is_made_as_the_boundary_is():
         x = torch.randn(2, HIDDEN, 5, 6)
         torch.testing.assert_close(move(x), x)
         assert ("walls" in str(move)) == (boundary == "walls" and not free)
+
+
+def test_what_is_remembered_may_move_and_is_reflected_at_walls():
+    model = Variant(memory="sideways").made(HIDDEN, TASKS["occlusion"]())
+    x = torch.zeros(1, HIDDEN, 3, 5)
+    x[0, 0, 1, 1] = x[0, 1, 1, 3] = 1
+    once = model.move(x)
+    expected = torch.zeros_like(x)
+    expected[0, 0, 1, 0] = expected[0, 1, 1, 4] = 1
+    torch.testing.assert_close(once, expected)
+    x, states = torch.randn(1, HIDDEN, 3, 5), []
+    for _ in range(100):
+        states.append(x)
+        x = model.move(x)
+    torch.testing.assert_close(x.norm(), states[0].norm())
+
+
+def test_there_are_four_diagonals():
+    model = Variant(memory="diagonal").made(HIDDEN, TASKS["digits"]())
+    x = torch.zeros(1, HIDDEN, 5, 5)
+    x[:, :, 2, 2] = 1
+    places = {tuple(place) for place in model.move(x)[0].round().nonzero().tolist()}
+    assert places == {(0, 3, 1), (1, 3, 3), (2, 1, 1), (3, 1, 3)}
 
 
 def test_after_the_context_a_network_sees_what_it_predicted():
