@@ -93,16 +93,18 @@ class Variant:
     Args:
         blocks: of the gates' convolution.
         memory: whether the memory has an orthogonal path that starts as the identity, or as shifts
-            sideways or along the diagonals; or a free path that starts as the identity.
+            sideways or along the diagonals.
+        free: whether that path is an ordinary convolution, which starts as the orthogonal one.
         method: of the blocks.
         boundary: of the images.
         anneal: whether a trained network is moved there by degrees.
         start: whether the blocks only start orthogonal, and are ordinary weights from then on.
-        slower: factor of the learning rate of what is orthogonal.
+        slower: factor of the learning rate of what is orthogonal, and of the memory's path.
     """
 
     blocks: Literal["none", "candidate", "all"] = "none"
-    memory: Literal["none", "identity", "sideways", "diagonal", "free"] = "none"
+    memory: Literal["none", "identity", "sideways", "diagonal"] = "none"
+    free: bool = False
     method: Method = "split"
     boundary: Boundary = "walls"
     anneal: bool = True
@@ -121,8 +123,8 @@ class Variant:
         """
         model = ConvLSTM(hidden, self.boundary)
         if self.moves:
-            model.move = memory_path(hidden, self.boundary)
-            model.move.weight = shifts(hidden, diagonal=self.memory == "diagonal")
+            start = shifts(hidden, diagonal=self.memory == "diagonal")
+            model.move = memory_path(start, self.boundary, free=self.free)
         if checkpoint is not None:
             model.load_state_dict(checkpoint)
         if self.blocks != "none":
@@ -134,8 +136,9 @@ class Variant:
                 parametrize.remove_parametrizations(model.gates, "weight")
             else:
                 retrofit(model, task.example(), blocks=chosen, method=self.method, anneal=anneal)
-        if self.memory in ("identity", "free"):
-            model.move = memory_path(hidden, self.boundary, free=self.memory == "free")
+        if self.memory == "identity":
+            start = nn.init.dirac_(torch.empty(hidden, hidden, 3, 3))
+            model.move = memory_path(start, self.boundary, free=self.free)
         return model
 
 
@@ -150,14 +153,14 @@ def shifts(hidden: int, *, diagonal: bool) -> Tensor:
     return kernel
 
 
-def memory_path(hidden: int, boundary: Boundary = "walls", *, free: bool = False) -> Any:
-    """Return an orthogonal convolution that starts as the identity; or a free one that does."""
-    move: Any = nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode=PADDING[boundary], bias=False)
-    if free:
-        nn.init.dirac_(move.weight)
-    else:
+def memory_path(start: Tensor, boundary: Boundary = "walls", *, free: bool = False) -> nn.Module:
+    """Return an orthogonal convolution that starts as a kernel; or a free one."""
+    hidden, mode = len(start), PADDING[boundary]
+    move: Any = nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode=mode, bias=False)
+    if not free:
         orthogonal(move, method="split", boundary=boundary)
-        move.weight = move.parametrizations.weight[0].sample("identity")
+    with torch.no_grad():
+        move.weight = nn.Parameter(start) if free else start
     return move
 
 
@@ -179,10 +182,10 @@ def train(
         steps: of Adam.
         lr: the highest learning rate.
         batch: videos in a step.
-        slower: factor of the rate of what is orthogonal.
+        slower: factor of the rate of what is orthogonal, and of the memory's path.
         annealed: steps in which what is orthogonal becomes so, if that is still to come.
     """
-    slow = generators(model)
+    slow = list({id(p): p for p in (*generators(model), *model.move.parameters())}.values())
     rest = [p for p in model.parameters() if all(p is not g for g in slow)]
     groups = [(p, rate) for p, rate in ((rest, lr), (slow, lr * slower)) if p]
     optimizer = torch.optim.Adam([{"params": p} for p, _ in groups])

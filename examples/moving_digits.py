@@ -56,7 +56,8 @@ MORE = {
     "candidate's block": Variant("candidate"),
     "memory path": MEMORY,
     "memory path and candidate's block": Variant("candidate", "identity", slower=MEMORY.slower),
-    "memory path, free": Variant(memory="free"),
+    "memory path, free": Variant(memory="identity", free=True, slower=MEMORY.slower),
+    "moving memory, free": Variant(memory="diagonal", free=True, slower=0.3),
     "all blocks, only at first": Variant("all", start=True),
     "all blocks, at once": Variant("all", anneal=False),
     "all blocks, exponential": Variant("all", method="exponential"),
@@ -278,7 +279,7 @@ def draw_losses(path: Path, rows: list[dict[str, Any]], settings: Settings) -> N
             axes.set(title=f"{start}, {count} predicted frames", ylim=(len(names) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
             if start == starts[-1]:
-                axes.set_xlabel("nats per pixel: a dot for each seed, a bar for the mean")
+                axes.set_xlabel("nats per pixel (dots: seeds, bar: mean)")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -289,12 +290,12 @@ def draw_frames(path: Path, frames: Mapping[str, Tensor], context: int) -> None:
     shown = range(count - 1, -1, -max(1, round(count / 14)))[::-1]
     size = 0.75 * len(shown) + 1.6, 0.9 * len(frames) + 0.5
     figure, axes = plt.subplots(len(frames), len(shown), figsize=size, squeeze=False)
+    for axis, t in zip(axes[0], shown, strict=True):
+        axis.set_title(f"{t + 1}" if t + 1 < context else f"{t + 1}*", fontsize=8)
     for row, (title, images) in zip(axes, frames.items(), strict=True):
         for axis, t in zip(row, shown, strict=True):
             axis.imshow(images[t, 0], cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-            if row is axes[0]:
-                axis.set_title(f"{t + 1}" if t + 1 < context else f"{t + 1}*", fontsize=8)
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"* predicted from the network's own predictions ({context} frames seen)", fontsize=9)
     figure.tight_layout()
@@ -324,8 +325,8 @@ def main() -> None:
         options.add_argument(name, type=positive if name != "--context" and isinstance(default, int)
                              else type(default), default=default, help=text)  # fmt: skip
 
-    add("--steps", 450, "of Adam, of the original from the beginning")
-    add("--finetune", 150, "of Adam, of the trained original")
+    add("--steps", 400, "of Adam, of the original from the beginning")
+    add("--finetune", 110, "of Adam, of the trained original")
     add("--lr", 3e-2, "highest learning rate from the beginning")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
     add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")
@@ -375,6 +376,8 @@ def main() -> None:
     rows = []
     for title, some in (("what others start from", first), ("all others", others)):
         rows += run(experiment, some, sum(job[5] for job in some), title, arguments.workers)
+    order = [(job[2], job[3], job[1], job[4]) for job in jobs]
+    rows.sort(key=lambda row: order.index((row["start"], row["budget"], row["network"], row["seed"])))
     save(out / "moving_digits.csv", rows)
     draw_losses(out / "moving_digits.png", rows, settings)
     frames = frames_of(settings, seeds[0], out)

@@ -9,8 +9,9 @@ for.
     python examples/occlusion.py --out DIR
 
 trains the original and its variants (`convlstm.py` says what they are): `fresh` from the beginning, with
-each T; and `trained`, made of an original that was trained with the least T, and fine-tuned. (The moving
-memory has been trained with the least T itself, for as long.) All have the same seconds.
+each T; and `trained`, made of an original that was trained with the least T, and fine-tuned with the next,
+then with the longest. (The moving memory has been trained with the least T itself, for as long.) All have
+the same seconds.
 
 It prints a table: the squared error in drawing the digit where it comes out, on digits that were not
 trained on, over that of drawing the mean of all digits; means and standard deviations over the seeds. It
@@ -21,7 +22,7 @@ was drawn. Settings are to be chosen with ``--validate``, which takes other digi
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 
@@ -46,7 +47,8 @@ VARIANTS = {
 }
 MORE = {
     "candidate's block": Variant("candidate"),
-    "memory path, free": Variant(memory="free"),
+    "memory path, free": Variant(memory="identity", free=True, slower=MEMORY.slower),
+    "moving memory, free": Variant(memory="sideways", free=True, slower=0.03),
     "all blocks, only at first": Variant("all", start=True),
 }
 Start = Literal["fresh", "trained"]
@@ -129,39 +131,47 @@ class Settings(NamedTuple):
     batch: int
     annealed: float
     on: str
-    shortest: int
+
+
+class Stage(NamedTuple):
+    """A network at the end of some training."""
+
+    name: str
+    start: Start
+    delay: int
+
+    def path(self, out: Path, seed: int) -> Path:
+        """Return where it is saved."""
+        words = f"occlusion-{self.start}-{self.name}-{self.delay}-{seed}"
+        return out / "checkpoints" / f"{words.replace(',', '').replace(' ', '_')}.pt"
+
+    def load(self, out: Path, seed: int) -> Any:
+        """Return its checkpoint."""
+        return torch.load(self.path(out, seed), weights_only=True)
 
 
 def experiment(
-    settings: Settings, name: str, start: Start, delay: int, seed: int, steps: int, lr: float, out: Path
+    settings: Settings, stage: Stage, before: Stage | None, seed: int, steps: int, lr: float, out: Path
 ) -> dict[str, Any]:
-    """Train a variant; return a row of the CSV file. Save what it became."""
+    """Train a variant, from an earlier stage of it or of the original; return a row of the CSV file."""
     torch.set_flush_denormal(True)  # gradients that have decayed to less than 1e-38 cost a CPU tenfold
-    variant = {**VARIANTS, **MORE}[name]
+    variant = {**VARIANTS, **MORE}[stage.name]
     torch.manual_seed(seed)
-    task = Occlusion(delay, seed=seed if start == "fresh" else 1000 + seed)
-    first = name if variant.moves else "original"
-    before = _path(out, "fresh", first, settings.shortest, seed)
-    trained = None if start == "fresh" else torch.load(before, weights_only=True)
-    model = variant.made(settings.hidden, task, trained)
-    has_way = start == "trained" and variant.blocks != "none"
+    task = Occlusion(stage.delay, seed=seed + (0 if before is None else 1000))
+    converted = before is not None and before.start == "fresh"
+    model = variant.made(settings.hidden, task, before.load(out, seed) if before and converted else None)
+    if before and not converted:
+        model.load_state_dict(before.load(out, seed))
+    has_way = converted and variant.blocks != "none"
     annealed = max(1, round(settings.annealed * steps)) if has_way else 0
     begun = time.perf_counter()
     train(model, task, steps, lr, batch=settings.batch, slower=variant.slower, annealed=annealed)
     seconds = time.perf_counter() - begun
-    torch.save(model.state_dict(), _path(out, start, name, delay, seed))
+    torch.save(model.state_dict(), stage.path(out, seed))
     with torch.no_grad():
-        error = Occlusion(delay, settings.on, 99).error(model, 128)
-    row = {"network": name, "start": start, "delay": delay, "seed": seed, "steps": steps}
+        error = Occlusion(stage.delay, settings.on, 99).error(model, 128)
+    row = {"network": stage.name, "start": stage.start, "delay": stage.delay, "seed": seed, "steps": steps}
     return {**row, "seconds": round(seconds, 1), "error": error}
-
-
-def _path(out: Path, start: Start, name: str, delay: int, seed: int) -> Path:
-    return (
-        out
-        / "checkpoints"
-        / f"occlusion-{start}-{name.replace(',', '').replace(' ', '_')}-{delay}-{seed}.pt"
-    )
 
 
 def errors_of(rows: list[dict[str, Any]], **same: Any) -> list[float]:
@@ -178,7 +188,7 @@ def draw_gradients(path: Path, settings: Settings, delay: int, seed: int, out: P
             task = Occlusion(delay, settings.on, 99)
             model = variant.made(settings.hidden, task)
             if title == "after training":
-                model.load_state_dict(torch.load(_path(out, "fresh", name, delay, seed), weights_only=True))
+                model.load_state_dict(Stage(name, "fresh", delay).load(out, seed))
             norms = gradients(model, task)
             axes.semilogy(range(1, len(norms) + 1), norms, label=name, color=f"C{n}")
         axes.axvspan(MARGIN - 1, MARGIN - 1 + delay, color="0.9", label="hidden", zorder=0)
@@ -212,7 +222,7 @@ def draw_frames(path: Path, settings: Settings, delay: int, seed: int, out: Path
     rows = {"true": task.outside(video, left)[:, -1]}
     for name, variant in VARIANTS.items():
         model = variant.made(settings.hidden, task)
-        model.load_state_dict(torch.load(_path(out, "trained", name, delay, seed), weights_only=True))
+        model.load_state_dict(Stage(name, "trained", delay).load(out, seed))
         drawn = model(video, task.context, task.screen).sigmoid()
         rows[name] = task.outside(drawn, left)[:, -1]
     figure, axes = plt.subplots(len(rows), 6, figsize=(8, 0.9 * len(rows) + 0.5), squeeze=False)
@@ -261,7 +271,7 @@ def main() -> None:
 
     add_several("--delays", [5, 20, 50], "T, the least first: the trained original has it")
     add_several("--steps", [1200, 600, 300], "of Adam, of the original from the beginning")
-    options.add_argument("--finetune", type=positive, nargs=2, default=[200, 100], metavar="N",
+    options.add_argument("--finetune", type=positive, nargs=2, default=[200, 150], metavar="N",
                          help="of Adam, of the trained original, with the longer delays")  # fmt: skip
     add("--lr", 3e-2, "highest learning rate from the beginning")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
@@ -273,7 +283,7 @@ def main() -> None:
     arguments = parse(options, seeds=[0, 1], delays=[1, 2, 3], steps=[8, 8, 8], finetune=[4, 4])
     shortest, *longer = arguments.delays
     on = "validation" if arguments.validate else "test"
-    settings = Settings(arguments.hidden, arguments.batch, arguments.annealed, on, shortest)
+    settings = Settings(arguments.hidden, arguments.batch, arguments.annealed, on)
     out, seeds = arguments.out, arguments.seeds
     (out / "checkpoints").mkdir(exist_ok=True)
     torch.set_flush_denormal(True)
@@ -282,28 +292,27 @@ def main() -> None:
     found = cost_of_a_step(list(variants.values()), settings.hidden, task, settings.batch)
     costs = {name: 1.0 if name == "original" else cost for name, cost in zip(variants, found, strict=True)}
 
-    def jobs(name: str, start: Start, delay: int, steps: int, lr: float) -> list[tuple[Any, ...]]:
-        steps = max(1, round(steps / costs[name]))
-        return [(settings, name, start, delay, seed, steps, lr, out) for seed in seeds]
+    def jobs(stage: Stage, before: Stage | None, steps: int) -> list[tuple[Any, ...]]:
+        steps = max(1, round(steps / costs[stage.name]))
+        lr = arguments.lr if before is None else arguments.finetune_lr
+        return [(settings, stage, before, seed, steps, lr, out) for seed in seeds]
 
-    first = [
-        job
-        for name, variant in variants.items()
-        if name == "original" or variant.moves
-        for job in jobs(name, "fresh", shortest, arguments.steps[0], arguments.lr)
-    ]
-    others = []
-    for start in get_args(Start):
-        fresh = start == "fresh"
-        all_steps = arguments.steps[1:] if fresh else arguments.finetune
-        for delay, steps in zip(longer, all_steps, strict=True):
-            for name, variant in variants.items():
-                if fresh or not variant.start:
-                    lr = arguments.lr if fresh else arguments.finetune_lr
-                    others += jobs(name, start, delay, steps, lr)
+    rounds: list[list[tuple[Any, ...]]] = [[], [], []]
+    for name, variant in variants.items():
+        first = Stage(name if variant.moves else "original", "fresh", shortest)
+        if name == first.name:
+            rounds[0] += jobs(first, None, arguments.steps[0])
+        for delay, steps in zip(longer, arguments.steps[1:], strict=True):
+            rounds[1] += jobs(Stage(name, "fresh", delay), None, steps)
+        if not variant.start:
+            stages = [Stage(name, "trained", delay) for delay in longer]
+            rounds[1] += jobs(stages[0], first, arguments.finetune[0])
+            rounds[2] += jobs(stages[1], stages[0], arguments.finetune[1])
     rows = []
-    for title, some in ((f"T = {shortest}", first), ("all others", others)):
-        rows += run(experiment, some, sum(job[5] for job in some), title, arguments.workers)
+    for n, some in enumerate(rounds, 1):
+        total = sum(job[4] for job in some)
+        rows += run(experiment, some, total, f"part {n} of {len(rounds)}", arguments.workers)
+    rows.sort(key=lambda row: (row["start"], row["delay"]))
     save(out / "occlusion.csv", rows)
     draw_gradients(out / "occlusion_gradients.png", settings, longer[-1], seeds[0], out)
     draw_frames(out / "occlusion_frames.png", settings, longer[-1], seeds[0], out)

@@ -29,5 +29,13 @@ def test_commands_make_their_own_environment():
     for command in commands:
         assert command.startswith("python -m venv .venv && .venv/bin/pip install torch==")
         assert "\n" not in command
-    for script in re.findall(r"examples/\w+\.py", TEXT):
-        assert (ROOT / script).is_file()
+
+
+def test_what_is_named_exists():
+    for file in re.findall(r"(?:examples|tests)/[\w/]+\.(?:py|png|md)", TEXT):
+        assert (ROOT / file).is_file(), file
+    experiments = (ROOT / "examples" / "README.md").read_text()
+    for file in re.findall(r"\w+\.py|figures/\w+\.png", experiments):
+        assert (ROOT / "examples" / file).is_file(), file
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert scripts <= set(re.findall(r"\w+\.py", experiments))
