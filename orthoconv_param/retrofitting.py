@@ -91,6 +91,10 @@ def retrofit(
         UserWarning: where a normalisation takes what a convolution with blocks gives, at once: it rescales
             what they keep. Of blocks that are left alone, see `recurrent_blocks`.
 
+    **When it pays.** Where something is to be kept over many steps, and most from the beginning of
+    training: call it on the new model, with ``anneal=False``. A trained model that is fine-tuned on what it
+    does already gains nothing. See ``examples/README.md`` for what was measured.
+
     **Circular exponentials**, ``method="exponential"`` with a circular boundary or zeros, have a better way
     and one size of images. With the pretrained operator ``U S V^H`` at each frequency, the operator is
 
