@@ -6,10 +6,11 @@ A variant is a network that is made orthogonal in some place, before it is train
               by `retrofit`;
   memory      an orthogonal path of the memory, ``c = f * U(c) + i * g``. `U` starts as the identity, so
               that a trained network computes what it did; or, before any training, as shifts by a pixel
-              a step, so that what is remembered moves: a quarter of the channels in each direction.
+              a step, so that what is remembered moves: half of the channels to each side, or a quarter
+              of them along each diagonal.
 
 All variants have the same time. How long a step of each takes is measured once, side by side with the
-original in one process; it then does as many steps as the original does in that time.
+original in one process. Each variant gets fewer steps accordingly.
 """
 
 import copy

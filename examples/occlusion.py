@@ -180,7 +180,7 @@ def errors_of(rows: list[dict[str, Any]], **same: Any) -> list[float]:
 
 
 def draw_gradients(path: Path, settings: Settings, delay: int, seed: int, out: Path) -> None:
-    """Draw the norms of the gradients of the loss by the memory after each frame."""
+    """Draw the norms of the gradients of the loss by state and memory after each frame."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for title, axes in zip(("before training", "after training"), panels, strict=True):
         for n, (name, variant) in enumerate(VARIANTS.items()):
@@ -282,6 +282,10 @@ def main() -> None:
     options.add_argument("--validate", action="store_true", help="on validation digits, to choose by")
     arguments = parse(options, seeds=[0, 1], delays=[1, 2, 3], steps=[8, 8, 8], finetune=[4, 4])
     shortest, *longer = arguments.delays
+    if sorted(arguments.delays) != arguments.delays:
+        options.error("--delays should rise")
+    if not 0 < arguments.annealed <= 1:
+        options.error("--annealed should be a share: above 0, at most 1")
     on = "validation" if arguments.validate else "test"
     settings = Settings(arguments.hidden, arguments.batch, arguments.annealed, on)
     out, seeds = arguments.out, arguments.seeds
