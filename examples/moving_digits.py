@@ -296,7 +296,7 @@ def draw_frames(path: Path, frames: Mapping[str, Tensor], context: int) -> None:
         axis.set_title(f"{t + 1}" if t + 1 <= context else f"{t + 1}*", fontsize=8)
     for row, (title, images) in zip(axes, frames.items(), strict=True):
         for axis, t in zip(row, shown, strict=True):
-            axis.imshow(images[t, 0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(images[t, 0].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"* predicted from the network's own predictions ({context} frames seen)", fontsize=9)
@@ -339,7 +339,7 @@ def main() -> None:
     add("--batch", 8, "videos in a step")
     options.add_argument("--all", action="store_true", help="all variants, and as many steps too")
     options.add_argument("--validate", action="store_true", help="on validation digits, to choose by")
-    arguments = parse(options, seeds=[0, 1], steps=8, finetune=8)
+    arguments = parse(options, seeds=[0, 1], steps=8, finetune=8, hidden=4)
     if arguments.canvas < 10:
         options.error("--canvas should be at least 10: a digit has 8 pixels, and moves")
     if not 2 <= arguments.context < arguments.frames:

@@ -228,7 +228,7 @@ def draw_frames(path: Path, settings: Settings, delay: int, seed: int, out: Path
     figure, axes = plt.subplots(len(rows), 6, figsize=(8, 0.9 * len(rows) + 0.5), squeeze=False)
     for some, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image, mirrored in zip(some, images, left, strict=True):
-            axis.imshow(image.flip(-1) if mirrored else image, cmap="gray", vmin=0, vmax=1)
+            axis.imshow((image.flip(-1) if mirrored else image).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         some[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(
@@ -280,7 +280,7 @@ def main() -> None:
     add("--batch", 8, "videos in a step")
     options.add_argument("--all", action="store_true", help="all variants")
     options.add_argument("--validate", action="store_true", help="on validation digits, to choose by")
-    arguments = parse(options, seeds=[0, 1], delays=[1, 2, 3], steps=[8, 8, 8], finetune=[4, 4])
+    arguments = parse(options, seeds=[0, 1], delays=[1, 2, 3], steps=[8, 8, 8], finetune=[4, 4], hidden=4)
     shortest, *longer = arguments.delays
     if sorted(arguments.delays) != arguments.delays:
         options.error("--delays should rise")

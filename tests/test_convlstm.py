@@ -251,11 +251,16 @@ def test_gradients_over_time_are_those_by_state_and_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [moving_digits, occlusion], ids=lambda script: script.__name__)
-def test_all_variants_run(script, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [(moving_digits, ["--canvas", "10", "--frames", "5", "--context", "3"]), (occlusion, [])],
+    ids=["moving_digits", "occlusion"],
+)
+def test_all_variants_run(script, options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
     monkeypatch.setattr(moving_digits, "ROLLOUT", 120)
-    monkeypatch.setattr(sys, "argv", ["name", "--all", "--quick", "--seeds", "0", "--out", str(tmp_path)])
+    options = ["--all", "--quick", "--seeds", "0", "--steps", *(["2"] if options else ["2"] * 3), *options]
+    monkeypatch.setattr(sys, "argv", ["name", *options, "--out", str(tmp_path)])
     script.main()
     printed = capsys.readouterr().out
     for name in {**script.VARIANTS, **script.MORE}:
