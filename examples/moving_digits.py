@@ -327,8 +327,8 @@ def main() -> None:
         options.add_argument(name, type=positive if name != "--context" and isinstance(default, int)
                              else type(default), default=default, help=text)  # fmt: skip
 
-    add("--steps", 350, "of Adam, of the original from the beginning")
-    add("--finetune", 100, "of Adam, of the trained original")
+    add("--steps", 300, "of Adam, of the original from the beginning")
+    add("--finetune", 90, "of Adam, of the trained original")
     add("--lr", 3e-2, "highest learning rate from the beginning")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
     add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")

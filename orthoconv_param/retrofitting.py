@@ -93,7 +93,7 @@ def retrofit(
 
     **When it pays.** Where something is to be kept over many steps, and most from the beginning of
     training: call it on the new model, with ``anneal=False``. A trained model that is fine-tuned on what it
-    does already gains nothing. See ``examples/README.md`` for what was measured.
+    does already gains little or nothing. See ``examples/README.md`` for what was measured.
 
     **Circular exponentials**, ``method="exponential"`` with a circular boundary or zeros, have a better way
     and one size of images. With the pretrained operator ``U S V^H`` at each frequency, the operator is
