@@ -9,6 +9,7 @@ from .convert import orthogonal
 from .diagnostics.plots import plot_gradient_norms, plot_spectrum
 from .diagnostics.report import report
 from .diagnostics.values import orthogonality_defect, singular_values
+from .keeping import frozen
 from .matrices.expm import expm_skew
 from .models import generators
 from .parametrizations.exponential import ConvExponential
@@ -23,6 +24,7 @@ __all__ = [
     "SplitExponential",
     "__version__",
     "expm_skew",
+    "frozen",
     "functional",
     "generators",
     "orthogonal",

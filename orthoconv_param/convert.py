@@ -38,6 +38,7 @@ def orthogonal(
     boundary: Literal["circular", "zeros", "walls"] | None = None,
     triv: str | Trivialization = "expm",
     base: bool | None = None,
+    tol: float | None = None,
 ) -> _Module:
     """Make the operator of a convolution orthogonal (complex: unitary) at the sizes that it is fed.
 
@@ -88,6 +89,8 @@ def orthogonal(
         base: likewise. Default: True with a given size and for split kernels, else False. Between walls the
             exponential takes True too: an orthogonal matrix then acts on the channels of each pixel
             besides. It is the one nearest to the convolution that the weight was, where the module starts.
+        tol: of the exponential with ``"any"``, not between walls: bound on the operator's defect, as of
+            `ConvExponential`. Default: 1e-6, in double precision 1e-12, in half precision 1e-4.
 
     Returns:
         ``module``, with ``module.parametrizations.weight``. ``module.weight`` is the kernel: ``K`` x ``K``
@@ -103,7 +106,8 @@ def orthogonal(
             not divisible by the stride; if no semi-orthogonal operator of that stride and dilation
             exists; if there are no split kernels of the geometry (one channel in a group; patches that a
             wall cuts); if the weight is not finite, or parametrized already; between walls, if ``triv``
-            does not act on eigenvalues. Nothing is changed then.
+            does not act on eigenvalues; if there is a ``tol`` where nothing is truncated by it. Nothing is
+            changed then.
             On use: if an image is not of the domain's size, or not divisible by the stride (where the
             module stays of torch's own class that is not checked, and such an image is cut); with
             ``"any"``, if training takes the generator's norm to where no kernel of 1025 taps, or between
@@ -152,6 +156,13 @@ def orthogonal(
     if method not in ("exponential", "split"):
         raise ValueError(f'method should be "exponential" or "split". Found {method!r}')
     owner = repr(module).partition("\n")[0]
+    if tol is not None and (method == "split" or boundary == Walls.name):
+        where = (
+            'with method="split", whose kernels are exact'
+            if method == "split"
+            else ("between walls, where a term more costs little")
+        )
+        raise ValueError(f"tol should be None {where}. Found {tol!r}")
     if method == "split":
         _split(module, name, domain, boundary, owner, triv=triv, base=base)
         return module
@@ -159,7 +170,7 @@ def orthogonal(
         _between_walls(module, name, domain, owner, triv=triv, base=base)
         return module
     conversion = Conversion.of(module, name, domain, boundary)
-    conversion.install(conversion.exponential(owner, triv=triv, base=base))
+    conversion.install(conversion.exponential(owner, triv=triv, base=base, tol=tol))
     return module
 
 

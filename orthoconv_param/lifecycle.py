@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from . import norms, runtime, walled, walled_exponential
+from . import keeping, norms, runtime, walled, walled_exponential
 from .checks import Size
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
@@ -148,7 +148,7 @@ def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> No
     """
     weight = module.weight
     weight.grad = None  # it was the generator's
-    runtime.KeptForCalls.remove_from(module)
+    keeping.KeptForCalls.remove_from(module)
     if "bias" in runtime.parameters_of(module):  # the order that it had
         runtime.parameters_of(module)["bias"] = runtime.parameters_of(module).pop("bias")
     if installed is None:

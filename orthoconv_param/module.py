@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import lifecycle, runtime
+from . import keeping, lifecycle, runtime
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Parametrized
@@ -76,7 +76,7 @@ def own_class(base: Any, evaluated: bool) -> Any:
         def weight(self) -> Tensor:
             """The kernel."""
             stack = self.parametrizations["weight"]
-            W = runtime.once(stack, "weight", Parametrized(stack).tensors, stack)
+            W = keeping.once(stack, "weight", Parametrized(stack).tensors, stack)
             if evaluated:
                 lifecycle.take_edges(self.installed, W, Parametrized(stack))
             return W
@@ -86,7 +86,7 @@ def own_class(base: Any, evaluated: bool) -> Any:
             stack = self.parametrizations["weight"]
             lifecycle.remind(Parametrized(stack))
             stack.right_inverse(value)
-            runtime.forget(stack)
+            keeping.forget(stack)
 
         def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
             """Do what torch does. When it removes the parametrization, it puts the kernel here."""

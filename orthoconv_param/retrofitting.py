@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from . import runtime
+from . import keeping, runtime
 from .models import Select, Uses, by_name, check_model, selected, sizes
 from .norms import norm_of, replace_by_value
 from .optimizers import Replaced, note
@@ -183,7 +183,7 @@ def retrofit(
         parameters = list(module.parametrizations.weight.parameters(recurse=False))
         if all(weight is not parameter for parameter in parameters):
             note(Replaced(f"{name}.weight".lstrip("."), weight, parameters))
-    runtime.KeptForCalls.install(model)
+    keeping.KeptForCalls.install(model)
     normalised = {name: uses.normalised[m] for name, m in chosen.items() if m in uses.normalised}
     normalised = {name: norm for name, norm in normalised.items() if name in stacked}
     if normalised:
@@ -236,7 +236,7 @@ def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> Non
             exponential.end()
     for module in model.modules():
         if isinstance(module, ParametrizationList):  # if this is within `parametrize.cached`
-            runtime.forget(module)
+            keeping.forget(module)
 
 
 def _check_options(method: Any, boundary: Any, anneal: Any, replace: Any) -> None:

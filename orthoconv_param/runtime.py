@@ -4,13 +4,11 @@ The mathematics elsewhere has no branch about these: it asks here.
 """
 
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, wraps
-from operator import is_
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +19,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
-_Value = TypeVar("_Value")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # Asked once: below torch 2.12 the question cannot be compiled.
@@ -31,7 +28,6 @@ _AUTOCAST_DEVICES = frozenset(
     for device in (*_DEVICES, torch._C._get_privateuse1_backend_name())
     if torch.amp.is_autocast_available(device)
 )
-_KEPT = "orthoconv_param"  # our only key in torch's cache, which it empties at the end of a block
 
 
 # Compiling and transforming
@@ -269,8 +265,8 @@ class LateReader:
     An event belongs to this process and this copy: it is neither pickled nor copied.
     """
 
-    def __init__(self) -> None:
-        self.restart()
+    def __init__(self, waits: bool = True) -> None:
+        self.restart(waits)
 
     def restart(self, wait: bool = True) -> None:
         """Drop what is under way; at the next call wait for the value if ``wait``."""
@@ -337,232 +333,6 @@ class LastGiven:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_given": None}
-
-
-# Keeping results for a while
-
-
-_INFERENCE, _VALUE, _GRAPH = range(3)  # what a result can be used for: also for all before
-
-
-class _Calls(threading.local):
-    """The calls under way, in this thread, of modules that keep results for a call."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        self.results: dict[Any, Any] = {}
-        self.within_block = False  # of `parametrize.cached()`, which keeps results for longer
-
-
-_calls = _Calls()
-_traced: dict[Any, Any] | None = None  # the results in what is compiled, which knows no threads
-_traced_by: nn.Module | None = None
-
-
-class KeptForCalls:
-    """Hooks by which each call of a module keeps what `once` computes. A copy of the module has its own.
-
-    Args:
-        module: the module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        _kept_for_calls.add(self)
-
-    @classmethod
-    def install(cls, module: nn.Module) -> None:
-        """Install the hooks, once."""
-        if not any(hook.module() is module for hook in _kept_for_calls):
-            hooks = cls(module)
-            module.register_forward_pre_hook(hooks.enter, prepend=True)
-            module.register_forward_hook(hooks.leave, always_call=True)
-
-    @classmethod
-    def remove_from(cls, module: nn.Module) -> None:
-        """Remove the hooks of models in which nothing else than this module is parametrized."""
-        for hooks in [*_kept_for_calls]:
-            model = hooks.module()
-            if model is None:
-                continue
-            parts = [*model.modules()]
-            others = [m for m in parts if m is not module and _is_ours(m)]
-            if any(part is module for part in parts) and not others:
-                for table in (model._forward_pre_hooks, model._forward_hooks):
-                    for key in [k for k, h in table.items() if getattr(h, "__self__", None) is hooks]:
-                        del table[key]
-                        model._forward_hooks_always_called.pop(key, None)
-                _kept_for_calls.discard(hooks)
-
-    def module(self) -> nn.Module | None:
-        """Return the module, while it exists."""
-        return self._module()
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """Begin to keep results."""
-        global _traced, _traced_by
-        if is_compiling():
-            if _traced is None and not parametrize._cache_enabled:
-                _traced, _traced_by = {}, module
-            return
-        if not _calls.modules:
-            _calls.within_block = bool(parametrize._cache_enabled)
-        _calls.modules.append(module)
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forget them, at the end of the outermost call."""
-        global _traced, _traced_by
-        if _traced_by is module:  # also where what is compiled has been left in between
-            _traced = _traced_by = None
-        if is_compiling():
-            return
-        if module in _calls.modules:  # not where an earlier hook has raised
-            while _calls.modules.pop() is not module:
-                pass  # a call within it that has raised
-            if not _calls.modules:
-                _calls.results = {}
-
-    def __reduce__(self) -> Any:
-        raise RuntimeError(
-            "a retrofitted model should be saved by its state_dict(), or after "
-            "torch.nn.utils.parametrize.remove_parametrizations of all that is parametrized"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptForCalls":
-        twin: Any = memo.get(id(self.module()), self.module())
-        return type(self)(twin)
-
-
-def _is_ours(module: nn.Module) -> bool:
-    """Return True for a list of parametrizations that this package has made."""
-    package = __name__.partition(".")[0]
-    return isinstance(module, ParametrizationList) and any(
-        type(part).__module__.partition(".")[0] == package for part in module
-    )
-
-
-_kept_for_calls: "weakref.WeakSet[KeptForCalls]" = weakref.WeakSet()
-
-
-def is_cached() -> bool:
-    """Return True within `torch.nn.utils.parametrize.cached`, or a call that keeps results.
-
-    Not in what is computed twice, once for the backward pass: both times have to do the same.
-    """
-    if is_compiling():
-        return bool(parametrize._cache_enabled) or _traced is not None
-    return bool(parametrize._cache_enabled or _calls.modules) and not _is_checkpointed()
-
-
-_CHECKPOINT = "torch.utils.checkpoint"
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.7
-
-
-def _is_checkpointed() -> bool:
-    """Return True in what `torch.utils.checkpoint` will compute again, or does."""
-    if _top_hooks is not None:
-        hooks = _top_hooks(False)
-        return hooks is not None and hooks[0].__module__ == _CHECKPOINT
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == _CHECKPOINT:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], _Value]) -> _Value:
-    """Compute once per `parametrize.cached()` block, or call of a module of `keep_for_each_call`.
-
-    A result is used again only for the same tensors, unchanged, and where a graph is needed only if it has
-    one, through which no backward pass has gone. So a later call does not train on a result that was
-    computed under `torch.no_grad`, and autograd is not given one that was computed under
-    `torch.inference_mode`.
-
-    Args:
-        owner: whose result it is; it outlives the block, or ``of`` tells its successors apart. Nothing is
-            kept for None.
-        key: which of its results.
-        of: the tensors that it is computed from.
-        compute: makes it.
-    """
-    if owner is None or not is_cached():
-        return compute()
-    if torch.is_grad_enabled() and any(x.requires_grad for x in of):
-        use = _GRAPH
-    elif not is_compiling() and torch.is_inference_mode_enabled():  # which cannot be asked when compiled
-        use = _INFERENCE
-    else:
-        use = _VALUE
-    key = (key, of[0].dtype) if of else key  # which a module's move changes, but not its parameters
-    now = _versions(of)
-    for results in _results():
-        for made_for in range(_GRAPH, use - 1, -1):
-            entry = results.get((id(owner), key, made_for))
-            if entry is not None and entry.is_of(of, now):
-                return cast("_Value", entry.value)
-    value = compute()
-    _results()[0][id(owner), key, use] = _Entry(of, now, value)
-    return value
-
-
-class _Entry:
-    """A result that is kept.
-
-    Args:
-        of: the tensors that it is computed from.
-        versions: which tell whether these have been changed in place.
-        value: the result.
-    """
-
-    def __init__(self, of: tuple[Tensor, ...], versions: tuple[int, ...], value: Any) -> None:
-        self.of = of
-        self.versions = versions
-        self.value = value
-        self.is_spent = False  # once a backward pass has gone through it, which frees its graph
-        if is_transformed():
-            return
-        for leaf in leaves(value):
-            x = getattr(leaf, "spectrum", leaf)
-            if isinstance(x, Tensor) and x.requires_grad and not x.is_leaf:
-                x.register_hook(self._spend)
-
-    def is_of(self, of: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
-        """Return True if it may be used for these tensors."""
-        if is_compiling():
-            return True
-        return not self.is_spent and self.versions == versions and all(map(is_, self.of, of))
-
-    def _spend(self, gradient: Tensor) -> None:
-        self.is_spent = True
-
-
-def _versions(of: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Return how often tensors have been changed in place, where torch counts that."""
-    if is_compiling():
-        return ()
-    return tuple(-1 if x.is_inference() else x._version for x in of)
-
-
-def _results() -> list[dict[Any, Any]]:
-    """Return where results are kept, first the place for new ones: what was entered first lasts longest."""
-    found: list[dict[Any, Any]] = []
-    if parametrize._cache_enabled:
-        cache: Any = parametrize._cache
-        found.append(cache.setdefault(_KEPT, {}))
-    if is_compiling():
-        if _traced is not None:
-            found.insert(0, _traced)
-    elif _calls.modules and not (found and _calls.within_block):
-        found.insert(0, _calls.results)
-    return found
-
-
-def forget(owner: object) -> None:
-    """Drop what `once` has kept of an owner: something else than its tensors has changed."""
-    for results in _results():
-        for key in [key for key in results if key[0] == id(owner)]:
-            del results[key]
 
 
 # Sharded parameters

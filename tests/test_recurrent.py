@@ -32,17 +32,17 @@ from torch.utils.checkpoint import checkpoint
 
 from orthoconv_param import (
     generators,
+    keeping,
     orthogonal,
     recurrent_blocks,
     report,
     retrofit,
-    runtime,
     set_orthogonality,
 )
 from orthoconv_param.functional import gate_blocks
+from orthoconv_param.keeping import KeptForCalls
 from orthoconv_param.models import call
 from orthoconv_param.parametrizations.split import SplitExponential
-from orthoconv_param.runtime import KeptForCalls
 from orthoconv_param.torus.geometry import CONVOLUTIONS
 
 close = torch.testing.assert_close
@@ -747,7 +747,7 @@ def test_compiled_in_parts_nothing_is_kept(raises):
             with pytest.raises(ValueError, match="in between"):
                 compiled(VIDEO)
         close(compiled(VIDEO[:, :3]), model(VIDEO[:, :3]))
-        assert runtime._traced is None
+        assert keeping._traced is None
         with torch.no_grad():
             generators(model)[0].add_(0.1)
         set_orthogonality(model, 1)

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from orthoconv_param import functional
-from orthoconv_param.torus import circular, shared
+from orthoconv_param.torus import circular
 from orthoconv_param.torus.boundary import cut, extend
 from orthoconv_param.torus.circular import spectral_conv
 from orthoconv_param.torus.lattice import Lattice
@@ -218,10 +218,8 @@ def plain(spectrum, lattice, x, transposed):
 
 @TRANSPOSED
 @EACH
-@pytest.mark.parametrize(("dtype", "gathered"), [(torch.float64, 1), (torch.complex128, 256)])
-def test_derivatives_of_a_shared_spectrum(geometry, dtype, transposed, gathered, monkeypatch):
-    monkeypatch.setattr(shared, "_GATHERED_IMAGES", gathered)
-    monkeypatch.setattr(shared, "_GATHERED_FREQUENCIES", 3)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derivatives_of_a_shared_spectrum(geometry, dtype, transposed):
     kernel, lattice, x = make(geometry, dtype, transposed)
     x.requires_grad_()
     M = lattice.spectrum(kernel).requires_grad_()

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import runtime
 from . import by_hand
-from .batches import flatten, in_pieces
+from .batches import flatten, in_pieces, pieces
 from .closed_forms import expm_2x2, vjp_2x2
 from .products import product, skew
 from .squaring import expm_and_keep, expm_batch, vjp_batch, vjp_of_kept
 
-_KEPT_BYTES = 2**21  # of the matrices; ten times as much is kept until the backward pass
+_KEPT_BYTES = 2**23  # of the matrices; ten times as much is kept until the backward pass
 
 
 def exponential(A: Tensor, norm: float | None = None) -> Tensor:
@@ -43,6 +43,7 @@ class _Kept:
 
     def __init__(self, norm: float | None) -> None:
         self.norm = norm
+        self.counts: list[int] = []  # of what is kept, for each piece of the batch
 
     def plain(self, *inputs: Tensor) -> Tensor:
         """Return the exponential."""
@@ -50,16 +51,25 @@ class _Kept:
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the exponential, and what is kept."""
-        (A,) = inputs
+        A = flatten(inputs[0].resolve_conj())
+        Q, kept = torch.empty_like(A, memory_format=torch.contiguous_format), []
         with runtime.no_autocast(A.device.type):
-            Q, kept = expm_and_keep(flatten(A.resolve_conj()), self.norm)
-        return runtime.reshaped(Q, A.shape), kept
+            for piece in pieces(A):
+                Q[piece], some = expm_and_keep(A[piece], self.norm)
+                kept += some
+                self.counts.append(len(some))
+        return runtime.reshaped(Q, inputs[0].shape), kept
 
     def gradient(
         self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
     ) -> tuple[Tensor]:
         """Return the gradient by the matrices."""
-        return (vjp_of_kept(flatten(G.resolve_conj()), kept).view(G.shape),)
+        flat, start = flatten(G.resolve_conj()), 0
+        result = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        for piece, count in zip(pieces(flat), self.counts, strict=True):
+            result[piece] = vjp_of_kept(flat[piece], kept[start : start + count])
+            start += count
+        return (result.view(G.shape),)
 
 
 # Operators: see Note [operator and Function]

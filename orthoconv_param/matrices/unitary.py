@@ -46,12 +46,16 @@ def polish(Q: Tensor) -> Tensor:
     return Q @ factor
 
 
-def refine(Q: Tensor) -> Tensor:
-    """Return in double precision matrices whose columns (or rows) are orthonormal to single precision.
+def refine(Q: Tensor, dtype: torch.dtype = torch.complex128) -> Tensor:
+    """Return matrices whose columns (or rows) are orthonormal but for rounding, after a step of `polish`.
 
     The correction is of the size of rounding, and so has no derivative.
+
+    Args:
+        Q: the matrices, whose columns (or rows) are orthonormal to single precision.
+        dtype: in which the step is made, and of the result.
     """
-    exact = Q.to(torch.complex128, memory_format=torch.contiguous_format, copy=True)
+    exact = Q.to(dtype, memory_format=torch.contiguous_format, copy=True)
     with torch.no_grad():
         tall, flat = Q.shape[-2] >= Q.shape[-1], flatten(exact)
         for piece in [slice(None)] if runtime.is_compiling() else pieces(flat):

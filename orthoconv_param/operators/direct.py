@@ -35,7 +35,7 @@ class Direct:
         # Note [cost model]
         # Nanoseconds of one forward pass in single precision, as measured on 2 cores by
         # tests/benchmarks/evaluation.py. Only the ratio matters, and a backward pass changes it little.
-        each = 0.015 if inner >= 8 else 0.025  # a multiplication, with many channels or few
+        each = 0.02 if inner >= 8 else 0.04  # a multiplication, with many channels or few
         met = prod([min(k, n) for k, n in zip(taps, domain, strict=True)])
         images = batch * prod(geometry.coarse(domain)) * met * geometry.size[0] * inner
         return 2e5 + operator.exponentiating(domain) + each * images

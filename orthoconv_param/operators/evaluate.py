@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import runtime
+from .. import keeping, runtime
 from ..checks import Size
 from ..torus.geometry import sized
 from .blended import Blended
@@ -50,7 +50,7 @@ def choose(operator: Operator, domain: Size, batch: int) -> Evaluator:
 def prepared(evaluator: Evaluator, operator: Operator, domain: Size) -> Any:
     """Return what an evaluator prepares, once in a cached loop, for batches of any size."""
     weight, key = operator.weight, (evaluator.name, domain, operator.reduced)
-    return runtime.once(weight.owner, key, weight.tensors, lambda: evaluator.prepare(operator, domain))
+    return keeping.once(weight.owner, key, weight.tensors, lambda: evaluator.prepare(operator, domain))
 
 
 def evaluate(operator: Operator, x: Tensor, domain: Size, bias: Tensor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ def evaluate(operator: Operator, x: Tensor, domain: Size, bias: Tensor | None = 
         return evaluator, prepared(evaluator, operator, domain)
 
     key = domain, batch, operator.reduced
-    evaluator, state = runtime.once(weight.owner, key, weight.tensors, decide)
+    evaluator, state = keeping.once(weight.owner, key, weight.tensors, decide)
     return evaluator.apply(state, x, bias)
 
 

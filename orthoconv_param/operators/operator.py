@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import runtime
+from .. import keeping
 from ..checks import Size
 from ..torus.boundary import Boundary
 from ..torus.geometry import Geometry, per_channel
@@ -67,7 +67,7 @@ class Operator:
 
     def kernel(self) -> Tensor:
         """Return its kernel, centred, in single precision at least; computed once in a cached loop."""
-        return runtime.once(self.weight.owner, "kernel", self.weight.tensors, self.weight.kernel)
+        return keeping.once(self.weight.owner, "kernel", self.weight.tensors, self.weight.kernel)
 
     def wraps(self, domain: Size) -> bool:
         """Return True if its kernel wraps around images of this size: their torus makes it exact."""
@@ -80,15 +80,13 @@ class Operator:
         It is 0 in a cached loop, whose steps share it, and where `Series` cannot take its place.
         """
         effort = self.weight.effort
-        if effort is None or runtime.is_cached():
+        if effort is None or keeping.is_cached():
             return 0.0
         lattice = self.geometry.lattice(domain)
         rows, columns = lattice.blocks(self.geometry.size)
         matrices = self.geometry.groups * min(effort[0], lattice.frequencies)
         k, m = min(rows, columns), max(rows, columns)
-        each = 0.4 if k == m else 0.6
-        if self.wraps(domain):  # where it is truncated, it takes double precision
-            each = 0.15
+        each = 0.3 if k == m else 0.45
         return 8e5 + each * matrices * m * m * k
 
     def spectrum(self, domain: Size) -> tuple[Lattice, Tensor]:

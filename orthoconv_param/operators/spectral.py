@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import runtime
+from .. import keeping, runtime
 from ..checks import HALF, Size
 from ..torus.boundary import cut, extend
 from ..torus.circular import spectral_conv
@@ -45,14 +45,14 @@ class Spectral:
             + 0.25 * images * log2(2 * points)
             + 0.1 * batch * kernels * points
         )
-        if runtime.is_cached():  # its kernel is transformed once for many steps
+        if keeping.is_cached():  # its kernel is transformed once for many steps
             return cost
         return cost + 1e5 + 0.4 * kernels * points * log2(2 * points)
 
     def prepare(self, operator: Operator, domain: Size) -> Spectrum:
         """Compute the matrices."""
         lattice, M = operator.spectrum(domain)
-        matrices = Shared(M, lattice) if runtime.is_cached() else M
+        matrices = Shared(M, lattice) if keeping.is_cached() else M
         return Spectrum(lattice, matrices, domain, operator.geometry.transposed)
 
     def apply(self, state: Spectrum, x: Tensor, bias: Tensor | None = None) -> Tensor:

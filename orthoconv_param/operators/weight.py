@@ -252,7 +252,9 @@ class Parametrized:
 
     def kernel(self) -> Tensor:
         """Compute the kernel."""
-        dtype = self.tensors[0].dtype
+        dtype, only = self.tensors[0].dtype, self.only
+        if isinstance(only, ConvExponential):
+            return _precise(only.kernel(self.tensors[0]), dtype)
         made = self.spectrum(None, ())
         if made is None:
             return _precise(self.stack(), dtype)

@@ -17,12 +17,14 @@ from ..matrices.chebyshev import LARGEST_NUMBER_OF_TERMS, series, tails
 from ..matrices.maps import Trivialization, name
 from ..torus.lattice import Lattice
 
-SINGLE_TOLERANCE = 2e-7
+SINGLE_TOLERANCE = 2e-7  # of what nothing is spared by: the terms of a series, a kernel on a given torus
+COMPACT_TOLERANCE = 1e-6  # 1000 steps of a linear recurrence keep the norm to 1e-3
 
 # Norms are rounded up to these many levels per octave, so that the degree changes rarely, and below the
 # smallest of them it stays, so that derivatives at zero are as exact as values.
 _LEVELS_PER_OCTAVE = 4
-_SMALLEST_LEVEL = 0.25
+_KEPT_LEVELS = 2  # below a level that has been reached, so that a norm at its border changes nothing
+SMALLEST_LEVEL = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,22 @@ class Degree:
     Args:
         level: the norm.
         value: the degree: of compact kernels; or of a series, the number of its terms.
-        coefficients: of the map's series for that norm, to the same tolerance; none if it is too long.
+        coefficients: of the map's series for that norm, of which a term more costs little: of compact kernels
+            to a fifth of the tolerance. None if it is too long.
+        tol: the largest defect.
+        edge: the size of the kernel's outermost taps when ``value`` was measured on it: see `truncation`.
+            Infinite if it follows from the norm alone.
     """
 
     level: float
     value: int
     coefficients: tuple[float, ...]
+    tol: float
+    edge: float = inf
 
     @classmethod
     def of(
-        cls, triv: str | Trivialization, tol: float, reach: Size, norm: float = _SMALLEST_LEVEL
+        cls, triv: str | Trivialization, tol: float, reach: Size, norm: float = SMALLEST_LEVEL
     ) -> "Degree":
         """Return the degree that a norm needs, rounded up.
 
@@ -50,10 +58,10 @@ class Degree:
         """
         level = _rounded_up(norm)
         value = smallest_degree(triv, level, tol, reach)
-        return cls(level, value, series(triv, level, tol) or ())
+        return cls(level, value, series(triv, level, tol / 5) or (), tol)
 
     @classmethod
-    def of_series(cls, triv: str | Trivialization, tol: float, norm: float = _SMALLEST_LEVEL) -> "Degree":
+    def of_series(cls, triv: str | Trivialization, tol: float, norm: float = SMALLEST_LEVEL) -> "Degree":
         """Return the number of terms that a norm needs, rounded up.
 
         Raises:
@@ -67,26 +75,32 @@ class Degree:
                 f"{LARGEST_NUMBER_OF_TERMS} terms to tol={tol:.1e}, each a convolution. Found more: "
                 "a smaller generator, or a smaller learning rate, takes fewer"
             )
-        return cls(level, len(coefficients) - 1, coefficients)
+        return cls(level, len(coefficients) - 1, coefficients, tol)
 
     def covers(self, norm: float) -> bool:
         """Return True if this is the degree of a norm, neither too small nor needlessly large."""
-        return _rounded_up(norm) == self.level
+        return isfinite(norm) and 0 <= _step(self.level) - _step(norm) < _KEPT_LEVELS
+
+    @property
+    def is_measured(self) -> bool:
+        """Return True if the degree was measured on the kernel, not deduced from its norm."""
+        return self.edge < inf
 
 
-def default_tolerance(dtype: torch.dtype) -> float:
-    """Return the defect that kernels of a dtype can hold."""
+def default_tolerance(dtype: torch.dtype, single: float = SINGLE_TOLERANCE) -> float:
+    """Return the defect that is aimed at in a dtype, given that in single precision."""
     if dtype in HALF:
         return 1e-4
-    return 1e-12 if dtype in (torch.float64, torch.complex128) else SINGLE_TOLERANCE
+    return 1e-12 if dtype in (torch.float64, torch.complex128) else single
 
 
 def _rounded_up(norm: float) -> float:
-    if not isfinite(norm):
-        return inf
-    if norm <= _SMALLEST_LEVEL:
-        return _SMALLEST_LEVEL
-    return 2 ** (ceil(_LEVELS_PER_OCTAVE * log2(norm)) / _LEVELS_PER_OCTAVE)
+    return 2 ** (_step(norm) / _LEVELS_PER_OCTAVE) if isfinite(norm) else inf
+
+
+def _step(norm: float) -> int:
+    """Return the number of the level to which a norm is rounded up; a level is its own."""
+    return ceil(_LEVELS_PER_OCTAVE * log2(max(norm, SMALLEST_LEVEL)) - 1e-9)
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ at each frequency. ``exp`` may be another map from skew to unitary matrices.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil, isqrt
 from typing import Any, Literal
 
@@ -21,15 +22,15 @@ from .. import runtime
 from ..action.generator import Generator
 from ..checks import Size, at_least_single, check_dtype, check_finite, per_axis
 from ..matrices import maps
-from ..matrices.expm import expm_frame
-from ..matrices.products import product, skew
+from ..matrices.products import product
 from ..matrices.unitary import haar, polar, polar_frame, refine, semi_orthogonal
 from ..torus.geometry import Geometry
 from ..torus.lattice import Lattice, Placement, pack, unpack
 from . import signature
-from .degree import Degree, default_tolerance
+from .degree import COMPACT_TOLERANCE, Degree, default_tolerance
 from .plan import Family, Plan, make_plan
 from .registered import Registered
+from .truncation import outermost
 
 
 class ConvExponential(Registered):
@@ -45,7 +46,7 @@ class ConvExponential(Registered):
     - ``domain=(H, W)``: periodic images of that size. The weight becomes a kernel of
       ``H x W`` taps, so register it with ``unsafe=True``.
     - ``domain="any"``: periodic images of every size, to ``tol``. The weight becomes a compact
-      kernel of ``K x K`` taps, also with ``unsafe=True``; ``K`` follows the generator's norm. The
+      kernel of ``K x K`` taps, also with ``unsafe=True``; ``K`` follows the generator (see below). The
       existing ``k x k`` weight *is* the generator.
 
     The generator has the shape and dtype of the weight that it replaces. Any values are allowed (with
@@ -65,9 +66,10 @@ class ConvExponential(Registered):
             ``conv.weight = W`` sets the base, and ``geotorch.utils.update_base`` works. Default: True,
             except for ``"any"``, which has none. ``False`` (own grid, square kernels): the
             weight is the exponential itself, and assigning takes the logarithm.
-        tol: for ``"any"``: bound on the operator's defect, at every size. Default: what the dtype can
-            hold, 2e-7, in double precision 1e-12, in half precision 1e-4. A looser one is cheaper: ``K``
-            is smaller, and less is computed in double precision (to 2e-7 all of it at norms above 1.6).
+        tol: for ``"any"``: bound on the operator's defect, at every size. Default: 1e-6, with which 1000
+            linear steps keep the norm to 1e-3, in double precision 1e-12, in half precision 1e-4. A looser
+            one is cheaper: ``K`` is smaller. To a stricter one than 1e-6 a part is computed in double
+            precision, and all of it at norms above ``1e7 tol``.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, or a ``triv`` that does not give unitary
@@ -76,6 +78,12 @@ class ConvExponential(Registered):
             or if ``stride`` or ``groups`` do not divide what they must. The module is then unchanged.
         geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map
             does not reach the weight (as the exponential no determinant -1).
+
+    ``K`` is as small as ``tol`` allows. From the generator's norm alone follows a ``K`` that is enough for
+    every generator of that norm. Where values can be read without waiting, on the CPU, the kernel that this
+    gives is compared once with those of fewer taps: ``Q - Q'`` is a trigonometric polynomial, whose values
+    on a grid bound it at every size. That is done anew when the norm leaves its range (of a factor of
+    1.4), when the kernel's outermost taps have doubled, and on assignment. A checkpoint holds the result.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -148,6 +156,7 @@ class ConvExponential(Registered):
         self.has_base = domain != "any" if base is None else base
         self.compact: Degree | None = None  # of the weight with domain="any", once its norm is known
         self._reader = runtime.LateReader()
+        self._edge_reader = runtime.LateReader(waits=False)
         self._issued = runtime.LastIssued()
 
     @classmethod
@@ -207,7 +216,7 @@ class ConvExponential(Registered):
         domain = self.domain
         if isinstance(domain, int):
             domain = (domain,) * geometry.axes
-        tolerance = default_tolerance(reference.dtype) if self.tol is None else self.tol
+        tolerance = self.tol or default_tolerance(reference.dtype, COMPACT_TOLERANCE)
         return Family(geometry, domain, self.triv, tolerance)
 
     # From the generator to the kernel
@@ -228,11 +237,46 @@ class ConvExponential(Registered):
                 only under `torch.autograd.set_detect_anomaly`, because reading that waits).
             RuntimeError: if the generator is a part of one, as FSDP keeps it outside of forward.
         """
-        lattice, Q = self.spectrum(X)
-        W = lattice.kernel(Q).to(X.dtype).contiguous()
+        W = self.kernel(X).to(X.dtype).contiguous()
         if self.domain == "any":
             self._issued.note(W)
         return W
+
+    @runtime.in_full_precision
+    def kernel(self, X: Tensor) -> Tensor:
+        """Return `forward` in the precision in which it is computed.
+
+        Raises:
+            ValueError, RuntimeError: as `forward` does.
+        """
+        lattice, Q = self.spectrum(X)
+        W = lattice.kernel(Q)
+        if self._is_outgrown_by(W):
+            lattice, Q = self.spectrum(X)
+            W = lattice.kernel(Q)
+            self._is_outgrown_by(W, accepted=True)
+        return W
+
+    def _is_outgrown_by(self, W: Tensor, accepted: bool = False) -> bool:
+        """Return True if a compact kernel's degree is to be measured anew, before it is used.
+
+        What the kernel leaves out may then have doubled. (Off the CPU that is known at a later call, which
+        takes the degree that is proved to be enough.)
+
+        Args:
+            W: the kernel.
+            accepted: whether the degree has just been measured. The outermost taps of large kernels may
+                consist of rounding.
+        """
+        compact = self.compact
+        if self.domain != "any" or compact is None or not compact.is_measured or not runtime.may_read(W):
+            return False
+        family = self._family()
+        edge = self._edge_reader(outermost(W, family.reach, family.geometry.stride))
+        if edge is None or edge <= 2 * compact.edge:
+            return False
+        self.compact = replace(compact, edge=edge) if accepted else family.degree(compact.level)
+        return runtime.may_wait(W.device)
 
     @runtime.in_full_precision
     def spectrum(
@@ -285,21 +329,14 @@ class ConvExponential(Registered):
     def _matrices(self, kernel: Tensor, plan: Plan) -> Tensor:
         """Return the matrices of a generator in space, as planned."""
         torus = plan.smaller or plan.lattice
-        Q = self._map(torus.spectrum(kernel, plan.placement), plan.norm)
+        family = self._family()
+        Q = family.unitary(torus.spectrum(kernel, plan.placement), plan.norm)
         if plan.smaller is not None:
             Q = plan.lattice.spectrum(plan.smaller.kernel(Q))
         if self.base is not None:
             base = from_reals(self.base).to(Q.dtype)
             Q = product(base, Q) if Q.shape[-2] >= Q.shape[-1] else product(Q, base)
-        return refine(Q) if plan.refined else Q
-
-    def _map(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
-        """Return the unitary matrices, or frames, of a spectrum's skew part, whose norm may be known."""
-        rows, columns = spectrum.shape[-2:]
-        if self.triv == "expm" and max(rows, columns) > 1:
-            return expm_frame(spectrum, norm)
-        unitary = maps.trivialization(self.triv)(skew(spectrum))
-        return unitary[..., :rows, :columns]
+        return Q if plan.refined is None else refine(Q, plan.refined)
 
     # From a kernel to the generator
 
@@ -338,6 +375,7 @@ class ConvExponential(Registered):
             setattr(self, name, value if old is None else old.copy_(value))
         self._adopt(generator)
         if self.domain == "any":
+            self.compact = None
             self._follow(at_least_single(W))
         return generator
 
@@ -362,6 +400,7 @@ class ConvExponential(Registered):
         geometry, reference = self._registered()
         if self.domain == "any" and tuple(generator.shape) == geometry.size:
             self._reader.restart()
+            self.compact = None
             generator = generator.detach().to(reference.device, reference.dtype)
             self._follow(unpack(at_least_single(generator)))
 
@@ -503,7 +542,7 @@ class ConvExponential(Registered):
             if self.domain == "any":
                 return generator.to(reference.dtype)
             spectrum = lattice.spectrum(generator, geometry.placement)
-            return lattice.kernel(self._map(spectrum)).to(reference.dtype)
+            return lattice.kernel(self._family().unitary(spectrum)).to(reference.dtype)
         rows, columns = lattice.blocks(geometry.size)
         m = max(rows, columns)
         dtype = torch.promote_types(like.dtype, torch.complex64)
@@ -511,7 +550,8 @@ class ConvExponential(Registered):
         if distribution == "uniform":
             Q = lattice.choose(haar, empty)
         else:
-            Q = self._map(lattice.choose(lambda like: maps.skew_of_angles(like, init_), empty))
+            A = lattice.choose(lambda like: maps.skew_of_angles(like, init_), empty)
+            Q = self._family().unitary(A)
         return lattice.kernel(Q[..., :rows, :columns]).to(reference.dtype)
 
     # Being a module
@@ -538,13 +578,32 @@ class ConvExponential(Registered):
         }
         return {**words, **self.context}
 
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint is of, and the degree that was measured, to go on with."""
+        words = {} if self.geometry is None else self.signature()
+        compact = self.compact
+        if compact is not None and compact.is_measured:
+            words["degree"] = f"{compact.value} {compact.level!r} {compact.edge!r} {compact.tol!r}"
+        return signature.encode(words)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the degree; the rest has been compared."""
+        words = signature.decode(state).get("degree")
+        if self.compact is not None and words is not None:
+            value, level, edge, tol = words.split()
+            if float(tol) == self.compact.tol:
+                degree = self._family().degree(float(level))
+                self.compact = replace(degree, value=int(value), edge=float(edge))
+
     def _projected(self, buffer: Tensor) -> Tensor:
         return as_reals(self._family().lattice(self.compact).choose(polar_frame, from_reals(buffer)))
 
     def _loaded_or_moved(self, moved: bool) -> None:
         self._reader.restart(wait=not moved)  # the generator is the parent's
-        if moved and self.compact is not None:
-            self.compact = self._family().degree(self.compact.level)  # the tolerance may have changed
+        self._edge_reader.restart(wait=False)
+        family = self._family() if moved and self.compact is not None else None
+        if family is not None and self.compact is not None and self.compact.tol != family.tolerance:
+            self.compact = family.degree(self.compact.level)
 
 
 # Scripts initialise whatever has "Conv" in the name of its class by its weight, which this has not.

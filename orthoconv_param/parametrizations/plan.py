@@ -1,7 +1,7 @@
 """`Plan`: how one call makes an orthogonal kernel. All choices that cost or save time are made here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TypeAlias
 
@@ -10,11 +10,14 @@ from torch import Tensor
 
 from .. import runtime
 from ..checks import Size
-from ..matrices.maps import Trivialization
+from ..matrices.expm import expm_frame
+from ..matrices.maps import Trivialization, trivialization
 from ..matrices.norms import norm_bound_of_frame
+from ..matrices.products import skew
 from ..torus.geometry import Geometry
 from ..torus.lattice import Lattice, Placement, sampling
-from .degree import SINGLE_TOLERANCE, Degree
+from .degree import SINGLE_TOLERANCE, SMALLEST_LEVEL, Degree, smallest_degree
+from .truncation import shortest
 
 Reader: TypeAlias = Callable[[Tensor], float | None]
 
@@ -31,7 +34,7 @@ class Family:
         geometry: of the generator.
         domain: on which they are orthogonal; None for the generator's own grid, ``"any"`` for every one.
         triv: from skew to unitary matrices.
-        tolerance: their largest defect, where they are truncated.
+        tolerance: their largest defect, where they are truncated. Half of it is for what is left out.
     """
 
     geometry: Geometry
@@ -50,8 +53,31 @@ class Family:
         return self.geometry.placement.reach(self.geometry.taps, self.geometry.stride)
 
     def degree(self, norm: float) -> Degree:
-        """Return the degree that a compact kernel needs for a norm."""
+        """Return the degree that no compact kernel of a norm exceeds."""
         return Degree.of(self.triv, self.tolerance, self.reach, norm)
+
+    @torch.no_grad()
+    def measured(self, degree: Degree, kernel: Tensor, norm: float) -> Degree:
+        """Return the degree that the compact kernel of one generator of that norm needs.
+
+        It is measured on a kernel that is ten times as precise. A generator smaller than the smallest
+        level is scaled to it: at zero derivatives need taps where values do not.
+        """
+        g, scale = self.geometry, max(1.0, SMALLEST_LEVEL / norm) if norm > 0 else 1.0
+        ample = smallest_degree(self.triv, degree.level, self.tolerance / 10, self.reach)
+        lattice = self.lattice(replace(degree, value=ample))
+        X = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float64)) * scale
+        Q = self.unitary(lattice.spectrum(X, g.placement), norm * scale)
+        phases = Lattice(lattice.grid, (1,) * g.axes, g.groups, g.is_complex, compact=True)
+        value, edge = shortest(phases.kernel(Q), g.groups, ample, self.reach, self.tolerance / 2)
+        return replace(degree, value=min(value, degree.value), edge=max(edge, self.tolerance))
+
+    def unitary(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
+        """Return the unitary matrices, or frames, of a spectrum's skew part, whose norm may be known."""
+        rows, columns = spectrum.shape[-2:]
+        if self.triv == "expm" and max(rows, columns) > 1:
+            return expm_frame(spectrum, norm)
+        return trivialization(self.triv)(skew(spectrum))[..., :rows, :columns]
 
     def lattice(self, degree: Degree | None) -> Lattice:
         """Return the torus whose points are the kernel's taps.
@@ -90,7 +116,7 @@ class Plan:
         norm: of its skew part, at most; None if it is not known.
         degree: of the compact kernel, from now on.
         smaller: a torus on which the exponential has all the taps that count, if it is taken there.
-        refined: whether rounding is to be removed in double precision.
+        refined: the precision in which rounding is removed; None if it is not.
     """
 
     lattice: Lattice
@@ -99,7 +125,7 @@ class Plan:
     norm: float | None
     degree: Degree | None
     smaller: Lattice | None
-    refined: bool
+    refined: torch.dtype | None
 
 
 def make_plan(
@@ -128,21 +154,32 @@ def make_plan(
         norm = norm_of(geometry, kernel, reader)
     if family.is_compact:
         norm, degree = follow(family.degree, degree, norm, kernel)
+        if (
+            degree is not None
+            and norm is not None
+            and not degree.is_measured
+            and runtime.may_wait(kernel.device)
+        ):
+            degree = family.measured(degree, kernel, norm)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
     # dilation permutes the phases of a stride, which makes another generator
     permuted = max(dilation, default=1) > 1 and max(geometry.stride) > 1
     if images is not None and not permuted and family.reads_more_of(images, degree):
         lattice, placement, truncated = geometry.lattice(images), placement.dilated(dilation), False
     # Note [rounding below tol]
-    # A compact kernel also has to be orthogonal between the frequencies of its torus, where
-    # rounding shows more: 1e-6 at single precision. Exact products after a single precision
-    # exponential leave eps * norm, and double precision throughout nothing to speak of.
-    dtype, refined = kernel.dtype, False
-    if truncated and degree is not None:
-        error = torch.finfo(dtype).eps
-        if error * degree.level > family.tolerance:
-            dtype = torch.promote_types(dtype, torch.float64)
-        refined = dtype in _SINGLE and 10 * error > family.tolerance
+    # A compact kernel also has to be orthogonal between the frequencies of its torus, where rounding
+    # shows more. Up to norms of 2 it is at most 5 eps in a kernel of single precision, and beyond if a step
+    # of Newton and Schulz follows the squarings. That step in double precision leaves eps * norm, and
+    # double precision throughout nothing to speak of.
+    dtype, refined = kernel.dtype, None
+    if truncated and degree is not None and dtype in _SINGLE:
+        rounding, double = torch.finfo(dtype).eps, torch.promote_types(dtype, torch.float64)
+        if rounding * degree.level > family.tolerance:
+            dtype = double
+        elif 8 * rounding > family.tolerance:
+            refined = torch.complex128
+        elif 4 * rounding * degree.level > family.tolerance:
+            refined = torch.complex64
     smaller = None if family.is_compact or dtype not in _SINGLE else smaller_torus(family, norm)
     return Plan(lattice, placement, dtype, norm, degree, smaller, refined)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import runtime
 from ..matrices.derivatives import align
 from ..matrices.products import conjugate
+from .dft import whole_of
 from .lattice import Lattice
 
 # A batch is transformed in pieces. Each step then reads from the cache what the step before wrote, and
@@ -116,7 +117,8 @@ def from_frequencies(transform: Tensor, lattice: Lattice, fine: bool, like: Tens
                 phases = torch.fft.ifft(phases, dim=axis, norm="ortho")
                 if max(lattice.stride) == 1:
                     phases = phases.narrow(axis, 0, size[axis - 2])
-            phases = torch.fft.irfft(phases, n=lattice.grid[-1], norm="ortho")
+            last = size[-1] if max(lattice.stride) == 1 else lattice.grid[-1]
+            phases = whole_of(phases, lattice.grid[-1], last)
         images = lattice.interleave(phases) if fine else phases
         for axis, n in enumerate(size, start=2):
             images = images.narrow(axis, 0, n)

@@ -10,6 +10,7 @@ from .. import runtime
 from ..checks import Size
 
 _MATRIX_TAPS = 64  # the most that are transformed by a matrix; more by the fast transform
+_REAL_MATRIX_TAPS = 32  # the same for the transform of half a spectrum, which MKL copies first
 
 
 def half(grid: Size) -> Size:
@@ -72,6 +73,28 @@ def synthesise(x: Tensor, axis: int, n: int, positions: range, folded: bool) -> 
     index = torch.tensor([(-e if folded else e) % n for e in positions], device=x.device)
     torus = torch.fft.irfft(x, n, dim=axis) if folded else torch.fft.fft(x, dim=axis, norm="forward")
     return torus.index_select(axis, index)
+
+
+def whole_of(x: Tensor, n: int, size: int) -> Tensor:
+    """Return the first ``size`` of the ``n`` real samples whose orthonormal `torch.fft.rfft` is ``x``.
+
+    The transform is along the last axis.
+    """
+    if n > _REAL_MATRIX_TAPS or not runtime.may_wait(x.device) or runtime.is_compiling():
+        return torch.fft.irfft(x, n=n, norm="ortho").narrow(-1, 0, size)
+    make = _kept_parts if runtime.may_keep(x.device) else _new_parts
+    return torch.view_as_real(x).flatten(-2) @ make(n, size, x.dtype, x.device)
+
+
+def _new_parts(n: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix of `whole_of`: two rows for each frequency, of its real and imaginary part."""
+    E = _exponentials(n, range(0, -size, -1), True, dtype, device)
+    weights = torch.full((len(E), 1, 1), n**-0.5, dtype=dtype.to_real(), device=device)
+    weights[1 : (n + 1) // 2] *= 2  # a frequency and its negative
+    return (torch.view_as_real(E).movedim(-1, 1) * weights).flatten(0, 1)
+
+
+_kept_parts = lru_cache(maxsize=64)(_new_parts)
 
 
 def _product_along(E: Tensor, x: Tensor, axis: int) -> Tensor:

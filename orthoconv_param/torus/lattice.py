@@ -306,7 +306,7 @@ class Lattice:
         return Lattice(domain, self.stride, self.groups, self.is_complex)
 
 
-def sampling(reach: Size) -> tuple[Size, float]:
+def sampling(reach: Size, density: int = 8) -> tuple[Size, float]:
     """Return a coarse grid whose frequencies bound a spectrum's norm at *all* frequencies.
 
     This holds for kernels of that ``reach``. A real trigonometric polynomial of degree ``r`` is at most
@@ -314,10 +314,14 @@ def sampling(reach: Size) -> tuple[Size, float]:
     above a cosine of frequency ``r``: M. Riesz.) ``u^H iA(w) u`` is such a polynomial, for each vector
     ``u`` and along each axis.
 
+    Args:
+        reach: of the kernels.
+        density: points for each unit of it, more than 2.
+
     Returns:
         The grid, and the factor by which the maximum over its frequencies is to be multiplied.
     """
-    grid = tuple(8 * r + 1 for r in reach)
+    grid = tuple(density * r + 1 for r in reach)
     return grid, 1 / prod(cos(pi * r / n) for r, n in zip(reach, grid, strict=True))
 
 

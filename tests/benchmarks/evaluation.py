@@ -21,7 +21,7 @@ from orthoconv_param import orthogonal
 from orthoconv_param.operators.evaluate import EVALUATORS, choose
 from orthoconv_param.torus.circular import spectral_conv
 
-WAYS = [way for way in EVALUATORS if way.name != "chained"]  # of operators around a torus
+WAYS = [way for way in EVALUATORS if way.name in ("direct", "spectral", "series")]  # around a torus
 
 GEOMETRIES = [  # axes, channels, kernel, groups, stride, side, batch
     (1, 16, 3, 1, 1, 64, 16),
