@@ -169,6 +169,8 @@ class _Frozen:
         stack = self._stack()
         assert stack is not None
         tensors = [*stack.parameters(), *stack.buffers()]
+        if any(map(runtime.is_part, tensors)):  # which has no kernel, and says so
+            return compute()
         if not self._is_of(tensors):
             # a copy tells of every change, but off the CPU comparing would wait for the device
             copies = [x.detach().clone() if runtime.may_wait(x.device) else None for x in tensors]

@@ -236,6 +236,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from models import KINDS, constrained, network, steps
+from orthoconv_param import frozen
 
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
@@ -283,6 +284,14 @@ for kind in KINDS:
     torch.testing.assert_close(conv.weight, constrained(whole).weight, atol=1e-5, rtol=1e-5)
     model.reshard()
     torch.testing.assert_close(model(x), whole(x), atol=1e-5, rtol=1e-5)
+    with frozen(model), frozen(whole):
+        for _ in range(2):
+            torch.testing.assert_close(model(x).detach(), whole(x).detach(), atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+                one.mul_(0.7)
+                other.mul_(0.7)
+        torch.testing.assert_close(model(x).detach(), whole(x).detach(), atol=1e-5, rtol=1e-5)
 dist.destroy_process_group()
 """
 

@@ -34,7 +34,7 @@ class Degree:
     Args:
         level: the norm.
         value: the degree: of compact kernels; or of a series, the number of its terms.
-        coefficients: of the map's series for that norm, of which a term more costs little: of compact kernels
+        coefficients: of the map's series for that norm. A term more costs little: of compact kernels it is
             to a fifth of the tolerance. None if it is too long.
         tol: the largest defect.
         edge: the size of the kernel's outermost taps when ``value`` was measured on it: see `truncation`.
