@@ -19,7 +19,9 @@ from .closed_forms import expm_2x2, vjp_2x2
 from .products import product, skew
 from .squaring import expm_and_keep, expm_batch, vjp_batch, vjp_of_kept
 
-_KEPT_BYTES = 2**23  # of the matrices; ten times as much is kept until the backward pass
+_KEPT_BYTES = (
+    2**17
+)  # of the matrices, for each row up to 64; ten times as much is kept until the backward pass
 
 
 def exponential(A: Tensor, norm: float | None = None) -> Tensor:
@@ -32,8 +34,8 @@ def exponential(A: Tensor, norm: float | None = None) -> Tensor:
     # see Note [operator and Function]
     if runtime.is_compiling():
         return torch.ops.orthoconv_param.expm_skew(A, norm)
-    size = A.numel() * A.element_size()
-    if runtime.may_wait(A.device) and 0 < size <= _KEPT_BYTES and A.shape[-1] > 2:
+    size, n = A.numel() * A.element_size(), A.shape[-1]
+    if runtime.may_wait(A.device) and 0 < size <= _KEPT_BYTES * min(n, 64) and n > 2:
         return by_hand.apply(_Kept(norm), A)
     return _Expm.apply(A, norm)
 

@@ -58,7 +58,7 @@ class Series:
         taps = Layout.of(geometry, geometry.placement).taps
         term = 1e5 + pixels * (0.9 * m + 0.0085 * prod(taps) * k * (2 * m - k))
         norm = 5e5 + 0.07 * geometry.groups * prod([4 * t - 3 for t in taps]) * min(m, 2 * k) ** 3
-        return norm + 2 * effort[1] * term  # a backward pass takes more of its time than of others'
+        return norm + 3 * effort[1] * term  # a backward pass takes more of its time than of others'
 
     def prepare(self, operator: Operator, domain: Size) -> Prepared:
         """Compute the skew kernel, for images of every size but those so small that it wraps around."""

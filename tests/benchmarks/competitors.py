@@ -37,8 +37,9 @@ def plain(channels, padding_mode="circular", bias=False):
     return nn.Conv2d(channels, channels, 3, padding=1, padding_mode=padding_mode, bias=bias)
 
 
-def aoc(channels, padding_mode="circular"):
-    return AdaptiveOrthoConv2d(channels, channels, 3, padding=1, padding_mode=padding_mode, bias=False)
+def aoc(channels, padding_mode="circular", out=None, stride=1):
+    options = {"padding": 1, "padding_mode": padding_mode, "stride": stride, "bias": False}
+    return AdaptiveOrthoConv2d(channels, out or channels, 3, **options)
 
 
 def soc(channels, terms):

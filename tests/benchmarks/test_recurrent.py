@@ -103,10 +103,11 @@ def test_iteration_ratio(channels, side, in_turn, device):
 
 def iterate(convolution, x, G):
     way = evaluate.choose(convolution.operator, tuple(x.shape[2:]), len(x))
-    M = evaluate.prepared(way, convolution.operator, tuple(x.shape[2:])).matrices.spectrum
+    state = evaluate.prepared(way, convolution.operator, tuple(x.shape[2:]))
 
     def run():
         # the graph of the exponential is not part of it
-        torch.autograd.grad((convolution(x) + x).tanh(), (x, M), G, retain_graph=True)
+        y = (way.apply(state, x) + x).tanh()
+        torch.autograd.grad(y, (x, state.matrices.spectrum), G, retain_graph=True)
 
     return run
