@@ -795,6 +795,10 @@ def test_compile_and_transforms(where, side, boundary):
         (ValueError, lambda: nn.Conv2d(4, 4, 3), {}, r"padding should keep the size: padding=\(1, 1\)"),
         (ValueError, lambda: nn.Conv2d(4, 4, 3, padding=2), {}, r"Found padding=\(2, 2\)"),
         (ValueError, lambda: nn.Conv2d(4, 4, 4, padding=2), {}, 'padding="same"'),
+        (ValueError, lambda: nn.Conv1d(4, 4, 3, padding=2), {}, "causal convolution should stay"),
+        (ValueError, lambda: nn.Conv1d(4, 4, 3), {}, "which reads what comes later too"),
+        (ValueError, lambda: nn.Conv1d(4, 4, 3, padding=4, dilation=2), {}, "only if it joins no steps"),
+        (ValueError, lambda: nn.Conv3d(4, 4, 3, padding=(2, 1, 1)), {}, "causal convolution should stay"),
         (ValueError, lambda: nn.Conv2d(4, 4, 5, stride=2, padding=1), {}, "but for the stride"),
         (
             ValueError,

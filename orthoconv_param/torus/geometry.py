@@ -322,7 +322,7 @@ def _check_padding(module: Any, padding: Size, spans: Size, stride: Size) -> Non
     """Raise if a module does not keep the size of an image, over its stride.
 
     Raises:
-        ValueError: then; it names the padding that does.
+        ValueError: then; it names the padding that does, or says that no causal one does.
     """
     if module.padding == "same":
         return
@@ -343,4 +343,18 @@ def _check_padding(module: Any, padding: Size, spans: Size, stride: Size) -> Non
             'padding="same"' if possible else "with stride 1 no even kernel does, if its dilation is odd"
         )
     by = "" if max(stride) == 1 else f", but for the stride {stride}"
-    raise ValueError(f"padding should keep the size{by}: {right}. Found {found}")
+    note = ""
+    if _may_be_causal(axes):
+        right += ", which reads what comes later too"
+        note = (
+            ". A causal convolution should stay as it is: on a finite sequence its operator is block "
+            "triangular, and orthogonal only if it joins no steps of time"
+        )
+    raise ValueError(f"padding should keep the size{by}: {right}. Found {found}{note}")
+
+
+def _may_be_causal(axes: list[Size]) -> bool:
+    """Return True if an axis is padded as of convolutions that read the past: twice, or not at all."""
+    others = [(span, p) for span, p, _, _ in axes if span != 2 * p]
+    one_sided = all(p in (0, span) for span, p in others)
+    return one_sided and all(s == 1 for _, _, s, _ in axes) and len(others) == 1
