@@ -1,59 +1,104 @@
-"""An ordinary CNN whose convolutions are made orthogonal, trained on scanned digits (scikit-learn's).
+"""An ordinary CNN for scanned digits (scikit-learn's), beside the same one with orthogonal convolutions.
 
-It prints how far the operator of each convolution is from orthogonal at the size that it is fed: as it was
-made, after `orthogonal`, and after training.
+It prints the accuracy on digits that were not trained on, clean and with noise, mean and standard
+deviation over the seeds; and how far the operator of each convolution is from orthogonal at the size that
+it is fed: the largest ``|singular value - 1|``, for the first seed. A network whose layers keep norms
+cannot sharpen small differences: it is less accurate on clean digits, and more on noisy ones.
 """
 
 import argparse
+import statistics
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from convrnn import Method
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 from orthoconv_param import orthogonal, orthogonality_defect
 
 EPOCHS = 10
+TRAINING = slice(0, 1500)
+TEST = slice(1500, 1797)
+NOISE = 0.4  # standard deviation; pixels are between 0 and 1
+SIZES = {0: 8, 2: 8, 4: 4}  # of the images that each convolution is fed
+
+
+def cnn() -> nn.Sequential:
+    """Return the network."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 4, padding=1, stride=2), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 4 * 4, 10),
+    )  # fmt: skip
+
+
+def train(model: nn.Sequential, images: Tensor, labels: Tensor) -> None:
+    """Train on the first digits, by Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(TRAINING.stop).split(50):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Sequential, images: Tensor, labels: Tensor, noise: float) -> float:
+    """Return the share of the other digits that are named right, in per cent."""
+    x = images[TEST]
+    x = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return 100 * (model(x).argmax(1) == labels[TEST]).float().mean().item()
 
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    methods = ["exponential", "split"]
-    parser.add_argument("--method", choices=methods, default=methods[0], help="of `orthogonal`")
-    method = parser.parse_args().method
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
+    parser.add_argument("--method", choices=get_args(Method), default="split", help="of `orthogonal`")
+    boundaries = ["walls", "circular"]
+    parser.add_argument("--boundary", choices=boundaries, default="walls", help="of `orthogonal`")
+    options = parser.parse_args()
 
-    torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)
     labels = torch.tensor(digits.target)
+    rows: dict[str, list[tuple[float, float]]] = {}
+    defects: dict[str, list[float]] = {}
 
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 4 * 4, 10),
-    )  # fmt: skip
-    sizes = {0: 8, 2: 8, 4: 4}  # of the images that each convolution is fed
+    def record(title: str, model: nn.Sequential) -> None:
+        clean, noisy = (accuracy(model, images, labels, noise) for noise in (0, NOISE))
+        rows.setdefault(title, []).append((clean, noisy))
+        defects.setdefault(title, [orthogonality_defect(model[i], n) for i, n in SIZES.items()])
 
-    def report(title: str) -> None:
-        with torch.no_grad():
-            accuracy = (model(images[1500:]).argmax(1) == labels[1500:]).float().mean().item()
-        defects = "".join(f"{orthogonality_defect(model[i], n):>10.0e}" for i, n in sizes.items())
-        print(f"{title:<24}{accuracy:>10.1%}{defects}")
+    for seed in options.seeds:
+        torch.manual_seed(seed)
+        plain = cnn()
+        train(plain, images, labels)
+        record("plain, trained", plain)
 
-    print(f"{'':<24}{'accuracy':>10}" + "".join(f"{f'layer {i}':>10}" for i in sizes))
-    report("ordinary")
-    for i in sizes:
-        orthogonal(model[i], method=method)  # the one line
-    report("orthogonal")
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(1500).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-    report("orthogonal and trained")
+        torch.manual_seed(seed)
+        model = cnn()
+        for i in SIZES:
+            orthogonal(model[i], method=options.method, boundary=options.boundary)  # the one line
+        record("orthogonal, untrained", model)
+        train(model, images, labels)
+        record("orthogonal, trained", model)
+
+    print(
+        f"{'':<24}{'accuracy, %':>14}{'with noise':>14}" + "".join(f"{f'defect of {i}':>14}" for i in SIZES)
+    )
+    for title, found in rows.items():
+        spreads = []
+        for values in zip(*found, strict=True):
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            spreads.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
+        shares = "".join(f"{text:>14}" for text in spreads)
+        print(f"{title:<24}{shares}" + "".join(f"{defect:>14.0e}" for defect in defects[title]))
 
 
 if __name__ == "__main__":

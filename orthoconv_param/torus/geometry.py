@@ -5,6 +5,7 @@ coarse one. A transposed convolution has the same weight, applies the transpose,
 grid to the fine one. The fine grid is called the domain in both cases.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
@@ -353,7 +354,7 @@ def _check_padding(module: Any, padding: Size, spans: Size, stride: Size) -> Non
     raise ValueError(f"padding should keep the size{by}: {right}. Found {found}{note}")
 
 
-def _may_be_causal(axes: list[Size]) -> bool:
+def _may_be_causal(axes: Sequence[Size]) -> bool:
     """Return True if an axis is padded as of convolutions that read the past: twice, or not at all."""
     others = [(span, p) for span, p, _, _ in axes if span != 2 * p]
     one_sided = all(p in (0, span) for span, p in others)
