@@ -435,7 +435,6 @@ def removed(request):
     if request.param == "retrofitted":
         set_orthogonality(model, 1, final=True)
     y = copy.deepcopy(model)(x).detach()
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch 2.7's
     if request.param == "split":  # torch keeps the gradient, which is of another size
         model.zero_grad()
     parametrize.remove_parametrizations(constrained(model), "weight")
@@ -443,6 +442,7 @@ def removed(request):
     return model.eval(), x, y
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch 2.7's
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants then, as it says
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?`:FutureWarning")
 def test_exported_it_is_made_of_torchs_operators(removed):
