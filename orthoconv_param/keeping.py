@@ -152,7 +152,7 @@ def _is_checkpointed() -> bool:
 
 
 class _Frozen:
-    """What is kept of a list of parametrizations, for as long as its tensors are what they were.
+    """What is kept of a list of parametrizations, for as long as all that it is computed from stays.
 
     Args:
         stack: the list.
@@ -160,30 +160,35 @@ class _Frozen:
 
     def __init__(self, stack: ParametrizationList) -> None:
         self._stack = weakref.ref(stack)
-        self.blocks = 1  # which are under way
+        self.blocks = 0  # which are under way
+        self._parts: list[tuple[nn.Module, bool]] = []
         self._of: list[tuple[Tensor, int, Tensor | None]] = []
-        self._results: dict[Any, Any] = {}
+        self._results: dict[Any, tuple[Any, tuple[int, ...]]] = {}
 
     def get(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return a result, which is computed if there is none, or the tensors have changed."""
+        """Return a result, which is computed if there is none, or something has changed."""
         stack = self._stack()
         assert stack is not None
+        parts = [(part, part.training) for part in stack.modules()]
         tensors = [*stack.parameters(), *stack.buffers()]
         if any(map(runtime.is_part, tensors)):  # which has no kernel, and says so
             return compute()
-        if not self._is_of(tensors):
+        if parts != self._parts or not self._is_of(tensors):
             # a copy tells of every change, but off the CPU comparing would wait for the device
             copies = [x.detach().clone() if runtime.may_wait(x.device) else None for x in tensors]
             self._of = [*zip(tensors, _versions(tuple(tensors)), copies, strict=True)]
-            self._results = {}
-        if key not in self._results:
-            before, _calls.freezes = _calls.freezes, True
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._results[key] = compute()
-            finally:
-                _calls.freezes = before
-        return self._results[key]
+            self._parts, self._results = parts, {}
+        kept = self._results.get(key)
+        if kept is not None and kept[1] == _versions_within(kept[0]):
+            return kept[0]
+        before, _calls.freezes = _calls.freezes, True
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                value = compute()
+        finally:
+            _calls.freezes = before
+        self._results[key] = value, _versions_within(value)
+        return value
 
     def _is_of(self, tensors: list[Tensor]) -> bool:
         if len(tensors) != len(self._of):
@@ -197,6 +202,11 @@ class _Frozen:
             if not same:
                 return False
         return True
+
+
+def _versions_within(value: Any) -> tuple[int, ...]:
+    """Return how often the tensors of a result have been changed in place."""
+    return _versions(tuple(leaf for leaf in runtime.leaves(value) if isinstance(leaf, Tensor)))
 
 
 class _Forward:
@@ -216,7 +226,18 @@ class _Forward:
         return _Forward(memo[id(self._stack())])
 
 
-_frozen: "weakref.WeakKeyDictionary[Any, _Frozen]" = weakref.WeakKeyDictionary()
+class _FrozenHere(threading.local):
+    """What is frozen in this thread."""
+
+    def __init__(self) -> None:
+        self.stacks: weakref.WeakKeyDictionary[Any, _Frozen] = weakref.WeakKeyDictionary()
+
+
+_frozen = _FrozenHere()
+_frozen_anywhere: "weakref.WeakKeyDictionary[Any, int]" = (
+    weakref.WeakKeyDictionary()
+)  # blocks of all threads
+_freezing = threading.Lock()
 
 
 @contextmanager
@@ -226,18 +247,21 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         with frozen(model):
             outputs = [model(x) for x in batches]
 
-    The parameters that this package's parametrizations have in ``model`` are constants there: they get no
-    gradients, with or without `torch.no_grad`; images and all other parameters do. Outputs are the same as
-    outside of the block, to rounding.
+    The parameters that this package's parametrizations have in ``model`` are constants there, in this
+    thread: they get no gradients, with or without `torch.no_grad`, and nor does what stands for them in
+    `torch.func.functional_call`. Images and all other parameters do. Outputs are the same as outside of the
+    block, to rounding.
 
-    A change of the parameters within the block is noticed, and the kernel computed again: by an optimizer,
-    ``load_state_dict``, assignment, `set_orthogonality`, or in place. On the CPU values are
-    compared, so that no change goes unnoticed. On other devices that would wait, and two kinds are not
-    noticed: writes through ``.data``, and parameters that FSDP gathers again after a step. Leave the block
-    for these.
+    A change within the block is noticed, and the kernel computed again: of the parameters, by an optimizer,
+    ``load_state_dict``, assignment, `set_orthogonality` or in place; of what is registered, and of its
+    training mode. On the CPU values are compared, so that no change of a parameter goes unnoticed. On other
+    devices that would wait, and two kinds are not noticed: writes through ``.data``, and parameters that
+    FSDP gathers again after a step. Nowhere noticed is what a ``triv`` of your own keeps on itself. Leave
+    the block for these.
 
-    What `torch.compile` compiles and `torch.func` transforms computes kernels as outside of the block. For
-    recurrent loops in training, `torch.nn.utils.parametrize.cached` is the right one: it keeps the graph.
+    What `torch.compile` compiles, `torch.func` transforms or `torch.utils.checkpoint` computes twice makes
+    kernels as outside of the block. For recurrent loops in training,
+    `torch.nn.utils.parametrize.cached` is the right one: it keeps the graph.
 
     Args:
         model: a model, or a single convolution. Blocks may be nested.
@@ -276,19 +300,22 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             f"Found none in {type(model).__name__}"
         )
     for stack in stacks:
-        if stack in _frozen:
-            _frozen[stack].blocks += 1
-        else:
-            _frozen[stack] = _Frozen(stack)
+        _frozen.stacks.setdefault(stack, _Frozen(stack)).blocks += 1
+        with _freezing:
+            _frozen_anywhere[stack] = _frozen_anywhere.get(stack, 0) + 1
             vars(stack)["forward"] = _Forward(stack)
     try:
         yield model
     finally:
         for stack in stacks:
-            _frozen[stack].blocks -= 1
-            if not _frozen[stack].blocks:
-                del _frozen[stack]
-                vars(stack).pop("forward", None)
+            _frozen.stacks[stack].blocks -= 1
+            if not _frozen.stacks[stack].blocks:
+                del _frozen.stacks[stack]
+            with _freezing:
+                _frozen_anywhere[stack] -= 1
+                if not _frozen_anywhere[stack]:
+                    del _frozen_anywhere[stack]
+                    vars(stack).pop("forward", None)
 
 
 def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], _Value]) -> _Value:
@@ -306,8 +333,9 @@ def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], 
         of: the tensors that it is computed from.
         compute: makes it.
     """
-    if not runtime.is_compiling() and not runtime.is_transformed() and owner in _frozen:
-        return cast("_Value", _frozen[owner].get((key, of[0].dtype), compute))
+    plain = not (runtime.is_compiling() or runtime.is_transformed())
+    if plain and owner in _frozen.stacks and not _is_checkpointed():
+        return cast("_Value", _frozen.stacks[owner].get((key, of[0].dtype), compute))
     if owner is None or not is_cached():
         return compute()
     if torch.is_grad_enabled() and any(x.requires_grad for x in of):

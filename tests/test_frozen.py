@@ -8,6 +8,7 @@ import torch
 from models import ConvLSTM
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.checkpoint import checkpoint
 
 from orthoconv_param import (
     ConvExponential,
@@ -88,7 +89,7 @@ def test_outputs_are_those_outside_of_the_block(kind, mode):
                 close(model(x), y, atol=1e-5, rtol=0)
             close(model(x[:1]), y[:1], atol=1e-5, rtol=0)
         close(model(x), y, atol=1e-5, rtol=0)
-    assert not keeping._frozen
+    assert not keeping._frozen.stacks
     assert all("forward" not in vars(m) for m in model.modules())
 
 
@@ -219,11 +220,11 @@ def test_blocks_nest_end_with_an_error_and_are_of_one_model():
     model, other, x = KINDS["any"](), KINDS["any"](), images()
     with pytest.raises(ZeroDivisionError), frozen(model):
         _ = 1 / 0
-    assert not keeping._frozen
+    assert not keeping._frozen.stacks
     with frozen(nn.Sequential(model, nn.ReLU())):
         with frozen(model):
             model(x)
-        assert len(keeping._frozen) == 1
+        assert len(keeping._frozen.stacks) == 1
         twin = copy.deepcopy(model)
         assert model.parametrizations.weight not in twin.modules()
         y = twin(x)
@@ -233,7 +234,7 @@ def test_blocks_nest_end_with_an_error_and_are_of_one_model():
         assert twin(x).requires_grad
         other(x).sum().backward()
         assert other.parametrizations.weight.original.grad is not None
-    assert not keeping._frozen
+    assert not keeping._frozen.stacks
 
 
 def test_a_copy_that_torch_evaluates_is_not_frozen():
@@ -245,18 +246,65 @@ def test_a_copy_that_torch_evaluates_is_not_frozen():
     assert not torch.allclose(model.weight, twin.weight, atol=1e-3)
 
 
-def test_threads_share_what_is_frozen():
-    model, x, outputs = KINDS["any"](), images(), []
-    y = model(x).detach()
+def test_another_thread_trains_as_outside():
+    model, x, gradients = KINDS["plain"](), images(), []
+
+    def train():
+        model(x).sum().backward()
+        gradients.append(model.parametrizations.weight.original.grad)
+        with frozen(model):
+            gradients.append(model(x).detach())
+
     with frozen(model):
-        threads = [threading.Thread(target=lambda: outputs.append(model(x).detach())) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(outputs) == 4
-    for output in outputs:
-        close(output, y, atol=1e-5, rtol=0)
+        y = model(x).detach()
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        assert gradients[0] is not None
+        close(gradients[1], y)
+        assert "forward" in vars(model.parametrizations.weight)
+    assert "forward" not in vars(model.parametrizations.weight)
+    assert not keeping._frozen_anywhere
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_kind
+def test_what_is_checkpointed_has_the_gradients_of_outside(kind, reentrant):
+    model, x = KINDS[kind](), images().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    with frozen(model):
+        loss = checkpoint(model, x, use_reentrant=reentrant).square().sum()
+    loss.backward()
+    close(x.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+class Half(nn.Module):
+    """Depends on its mode."""
+
+    def forward(self, W):
+        return 0.5 * W if self.training else W
+
+
+@pytest.mark.parametrize("kind", ["any", "split", "plain", "plain, split"])
+def test_a_parametrization_that_is_added_and_its_mode_are_noticed(kind):
+    model, x = KINDS[kind](), images()
+    bias = model.bias[:, None, None]
+    with frozen(model):
+        y = model(x)
+        register_parametrization(model, "weight", Half(), unsafe=True)
+        close(model(x) - bias, 0.5 * (y - bias), atol=1e-5, rtol=1e-4)
+        model.eval()
+        close(model(x), y, atol=1e-5, rtol=1e-4)
+
+
+def test_writing_to_a_weight_that_was_read_changes_nothing():
+    for kind in ("split", "plain", "any"):
+        model, x = KINDS[kind](), images()
+        y = model(x).detach()
+        with frozen(model):
+            model(x)
+            model.weight.mul_(0)
+            close(model(x), y, atol=1e-5, rtol=0)
 
 
 def test_transforms_compute_as_outside():

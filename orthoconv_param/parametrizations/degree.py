@@ -37,7 +37,8 @@ class Degree:
         coefficients: of the map's series for that norm. A term more costs little: of compact kernels it is
             to a fifth of the tolerance. None if it is too long.
         tol: the largest defect.
-        edge: the size of the kernel's outermost taps when ``value`` was measured on it: see `truncation`.
+        proved: the degree that is enough for every generator of that norm; ``value`` may be smaller.
+        edge: up to which size of the kernel's outermost taps ``value`` is enough: see `truncation`.
             Infinite if it follows from the norm alone.
     """
 
@@ -45,6 +46,7 @@ class Degree:
     value: int
     coefficients: tuple[float, ...]
     tol: float
+    proved: int
     edge: float = inf
 
     @classmethod
@@ -58,7 +60,7 @@ class Degree:
         """
         level = _rounded_up(norm)
         value = smallest_degree(triv, level, tol, reach)
-        return cls(level, value, series(triv, level, tol / 5) or (), tol)
+        return cls(level, value, series(triv, level, tol / 5) or (), tol, value)
 
     @classmethod
     def of_series(cls, triv: str | Trivialization, tol: float, norm: float = SMALLEST_LEVEL) -> "Degree":
@@ -75,7 +77,7 @@ class Degree:
                 f"{LARGEST_NUMBER_OF_TERMS} terms to tol={tol:.1e}, each a convolution. Found more: "
                 "a smaller generator, or a smaller learning rate, takes fewer"
             )
-        return cls(level, len(coefficients) - 1, coefficients, tol)
+        return cls(level, len(coefficients) - 1, coefficients, tol, len(coefficients) - 1)
 
     def covers(self, norm: float) -> bool:
         """Return True if this is the degree of a norm, neither too small nor needlessly large."""
@@ -85,6 +87,10 @@ class Degree:
     def is_measured(self) -> bool:
         """Return True if the degree was measured on the kernel, not deduced from its norm."""
         return self.edge < inf
+
+    def unmeasured(self) -> "Degree":
+        """Return the degree that is deduced from the norm alone."""
+        return Degree(self.level, self.proved, self.coefficients, self.tol, self.proved)
 
 
 def default_tolerance(dtype: torch.dtype, single: float = SINGLE_TOLERANCE) -> float:

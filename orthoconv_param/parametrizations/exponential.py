@@ -272,10 +272,10 @@ class ConvExponential(Registered):
         if self.domain != "any" or compact is None or not compact.is_measured or not runtime.may_read(W):
             return False
         family = self._family()
-        edge = self._edge_reader(outermost(W, family.reach, family.geometry.stride))
-        if edge is None or edge <= 2 * compact.edge:
+        edge = self._edge_reader(outermost(W, family.geometry.groups, family.reach, family.geometry.stride))
+        if edge is None or edge <= compact.edge:
             return False
-        self.compact = replace(compact, edge=edge) if accepted else family.degree(compact.level)
+        self.compact = replace(compact, edge=1.2 * edge) if accepted else compact.unmeasured()
         return runtime.may_wait(W.device)
 
     @runtime.in_full_precision
@@ -304,7 +304,7 @@ class ConvExponential(Registered):
         self.check_generator(X, self._registered()[0].size)
         kernel = unpack(X)
         plan = make_plan(self._family(), kernel, self.compact, self._reader, images, dilation)
-        if plan.degree is not self.compact:
+        if self.compact is None or plan.norm is not None:
             self.compact = plan.degree
         return plan.lattice, self._matrices(kernel.to(plan.dtype), plan)
 
@@ -402,10 +402,13 @@ class ConvExponential(Registered):
             self._reader.restart()
             self.compact = None
             generator = generator.detach().to(reference.device, reference.dtype)
-            self._follow(unpack(at_least_single(generator)))
+            # the checkpoint may say what was measured; else the first call measures
+            self._follow(unpack(at_least_single(generator)), measures=False)
 
-    def _follow(self, kernel: Tensor) -> None:
-        self.compact = make_plan(self._family(), kernel, self.compact, self._reader).degree
+    def _follow(self, kernel: Tensor, measures: bool = True) -> None:
+        self.compact = make_plan(
+            self._family(), kernel, self.compact, self._reader, measures=measures
+        ).degree
 
     def _spectrum_of(self, W: Tensor) -> tuple[Lattice, Tensor]:
         """Return the spectrum of a kernel that is assigned."""

@@ -70,7 +70,9 @@ class Family:
         Q = self.unitary(lattice.spectrum(X, g.placement), norm * scale)
         phases = Lattice(lattice.grid, (1,) * g.axes, g.groups, g.is_complex, compact=True)
         value, edge = shortest(phases.kernel(Q), g.groups, ample, self.reach, self.tolerance / 2)
-        return replace(degree, value=min(value, degree.value), edge=max(edge, self.tolerance))
+        # of a kernel that is zero there, as at the identity, any growth is as good as none
+        edge = edge if edge > 0 else self.tolerance
+        return replace(degree, value=min(value, degree.proved), edge=edge)
 
     def unitary(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
         """Return the unitary matrices, or frames, of a spectrum's skew part, whose norm may be known."""
@@ -135,6 +137,7 @@ def make_plan(
     reader: Reader,
     images: Size | None = None,
     dilation: Size = (),
+    measures: bool = True,
 ) -> Plan:
     """Decide how to exponentiate a generator.
 
@@ -145,6 +148,7 @@ def make_plan(
         reader: reads a scalar, or returns None where it has not arrived.
         images: the domain of the images, if the matrices may be made on that: see `Family.reads_more_of`.
         dilation: with which the compact kernel is applied to them.
+        measures: whether a degree that follows from the norm is measured on the kernel.
     """
     geometry = family.geometry
     norm = None
@@ -154,12 +158,10 @@ def make_plan(
         norm = norm_of(geometry, kernel, reader)
     if family.is_compact:
         norm, degree = follow(family.degree, degree, norm, kernel)
-        if (
-            degree is not None
-            and norm is not None
-            and not degree.is_measured
-            and runtime.may_wait(kernel.device)
-        ):
+        waits = runtime.may_wait(kernel.device)
+        if degree is not None and norm is None and (waits or not runtime.may_read(kernel)):
+            degree = degree.unmeasured()  # in what is compiled or mapped: whatever the values become
+        elif degree is not None and norm is not None and waits and measures and not degree.is_measured:
             degree = family.measured(degree, kernel, norm)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
     # dilation permutes the phases of a stride, which makes another generator

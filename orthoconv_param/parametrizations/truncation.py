@@ -15,12 +15,13 @@ from ..matrices.norms import frobenius
 from ..torus.lattice import Lattice, centre, sampling
 
 _FEWEST = 2  # the degree below which second derivatives have not all their taps
+_LARGEST_GROWTH = 4.0  # of the outermost taps, for which what is outside of them is taken to grow alike
 _CHUNK_BYTES = 2**22  # of a spectrum that is made for its norms, in a core's cache
 _MOST_BYTES = 2**28  # of one that is kept as a whole, for a closer bound
 
 
 def shortest(kernel: Tensor, groups: int, degree: int, reach: Size, tol: float) -> tuple[int, float]:
-    """Return the smallest degree at which a compact kernel is as good, and the size of its outermost taps.
+    """Return the smallest degree at which a compact kernel is as good, and up to which edges it stays so.
 
     Args:
         kernel: of a degree that is enough, on the coarse grid: ``(groups * rows, columns, *taps)``, in
@@ -29,32 +30,50 @@ def shortest(kernel: Tensor, groups: int, degree: int, reach: Size, tol: float) 
         degree: of the kernel.
         reach: of its generator.
         tol: how far singular values may be from those of the kernel, on every torus.
+
+    Returns:
+        The degree; and how large `outermost` may become before what is left out, which grows as these taps
+        do, exceeds 1.2 times ``tol``.
     """
     squares = kernel.abs().square().sum((0, 1))
     channels = groups * min(kernel.shape[0] // groups, kernel.shape[1])
-    for fewer in range(_FEWEST, degree):
+
+    def may_do(fewer: int) -> bool:
         # the mean square of the difference over all frequencies, each tap and where it is folded to
-        if 2 * _outside(squares, fewer, reach) > channels * tol**2:
-            continue
-        if _distance(kernel, groups, fewer, degree, reach, tol) <= 1:
-            return fewer, float(outermost(_folded(kernel, fewer, reach), reach))
-    return degree, float(outermost(kernel, reach))
+        return 2 * _outside(squares, fewer, reach) <= channels * tol**2
+
+    low = next((fewer for fewer in range(_FEWEST, degree) if may_do(fewer)), degree)
+    best, left_out = degree, 0.1
+    while low < best:
+        middle = (low + best) // 2
+        distance = _distance(kernel, groups, middle, degree, reach, tol)
+        if distance <= 1:
+            best, left_out = middle, distance
+        else:
+            low = middle + 1
+    edge = float(outermost(_folded(kernel, best, reach), groups, reach))
+    return best, edge * min(_LARGEST_GROWTH, 1.2 / max(left_out, 0.1))
 
 
-def outermost(kernel: Tensor, reach: Size, stride: Size | None = None) -> Tensor:
-    """Return the norm of the taps of a compact kernel that only the last power of its generator reaches.
+def outermost(kernel: Tensor, groups: int, reach: Size, stride: Size | None = None) -> Tensor:
+    """Return the size of the taps of a compact kernel that only the last power of its generator reaches.
+
+    It is the sum of the largest norms of a row and of a column, so that a single channel is seen.
 
     Args:
         kernel: ``(out, in/groups, *taps)``.
+        groups: of the convolution.
         reach: of the generator, on the coarse grid.
         stride: of the convolution, whose phases the taps are. Default: they are those of the coarse grid.
     """
     stride = stride or (1,) * len(reach)
-    edges = []
+    squares = kernel.new_zeros(kernel.shape[:2], dtype=kernel.dtype.to_real())
     for axis, (r, s) in enumerate(zip(reach, stride, strict=True), start=2):
         for start in (s - 1, kernel.shape[axis] - r * s):  # of the first phase s - 1 taps are empty
-            edges.append(kernel.detach().narrow(axis, start, r * s).flatten())
-    return torch.linalg.vector_norm(torch.cat(edges))
+            edge = kernel.detach().narrow(axis, start, r * s)
+            squares = squares + edge.abs().square().flatten(2).sum(-1)
+    columns = squares.unflatten(0, (groups, -1)).sum(1)
+    return squares.sum(1).amax().sqrt() + columns.amax().sqrt()
 
 
 def _outside(squares: Tensor, degree: int, reach: Size) -> float:

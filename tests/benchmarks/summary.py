@@ -86,7 +86,7 @@ def layer(channels, out, side, batch, stride=1):
         module = convolution(way, channels, out, stride)
         if module is None:
             return None
-        defect = distance_from_one(matrices(module, channels, way in ZERO_PADDED or stride > 1))
+        defect = distance_from_one(matrices(module, channels, way in ZERO_PADDED, stride=stride))
         x = torch.randn(batch, channels, side, side, device=device).requires_grad_()
         return step(module.to(device), x), defect
 
@@ -148,14 +148,15 @@ def step(model, x):
 
 
 @torch.no_grad()
-def matrices(module, channels, is_dense, side=16):
+def matrices(module, channels, is_dense, side=16, stride=1):
     """Return matrices that have an operator's singular values, ``(count, out, pixels, in, pixels)``.
 
     They are one dense matrix; or one for each frequency, of an operator that commutes with translations.
     """
-    side = SIDE if is_dense else side
+    side = SIDE if is_dense else stride * side
     eye = torch.eye(channels * side**2)
-    eye = eye if is_dense else eye[:: side**2]
+    if not is_dense:  # an impulse in each phase of each channel
+        eye = eye.unflatten(0, (channels, side, side))[:, :stride, :stride].flatten(0, 2)
     zero = module(torch.zeros(1, channels, side, side))
     answers = torch.cat([module(x.unflatten(1, (channels, side, side))) - zero for x in eye.split(256)])
     if is_dense:
