@@ -209,6 +209,45 @@ def test_a_kernel_whose_shape_changes_at_the_same_norm_is_measured_anew():
     assert degrees[-1] > degrees[0]
 
 
+@pytest.mark.parametrize("triv", ["expm", "cayley"])
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (8, 8)])
+def test_training_stays_within_the_tolerance(triv, channels, groups):
+    torch.manual_seed(1)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, groups=groups)
+    module = orthogonal(conv, triv=triv)
+    x = torch.randn(4, channels, 20, 20)
+    target = x.roll((3, 1), (-2, -1)) + 0.1 * torch.randn_like(x)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (module(x) - target).square().mean().backward()
+        optimizer.step()
+        defect = (singular_values(module.weight.detach(), 72, groups=groups) - 1).abs().max()
+        assert defect < 1.5e-6  # a half of the tolerance is for rounding
+
+
+@pytest.mark.parametrize("factor", [1.12, 1.5, 3.0])
+def test_a_single_channel_that_grows_is_seen(factor):
+    conv = nn.Conv1d(64, 64, 3, padding=1, groups=64, bias=False).double()
+    with torch.no_grad():
+        conv.weight.zero_()[:, 0, 2] = 9.625
+    module = orthogonal(conv)
+    X = module.parametrizations.weight.original
+    for channel in (0, 17):
+        with torch.no_grad():
+            X[channel] *= factor
+        assert (singular_values(module.weight.detach(), 96, groups=64) - 1).abs().max() < 1.5e-12
+
+
+def test_in_what_is_mapped_the_number_of_taps_is_the_proved_one():
+    module = made(generator_of("random", 8))
+    parametrization, X = parametrization_of(module), module.parametrizations.weight.original.detach()
+    assert parametrization.degree < parametrization.compact.proved
+    taps = torch.func.vmap(parametrization)(torch.stack([X, X])).shape[-1]
+    assert taps == 2 * parametrization.compact.proved + 1
+    assert parametrization.degree < parametrization.compact.proved
+
+
 def test_two_calls_with_the_same_generator_give_the_same_kernel():
     module = made(0.7 * generator_of("random", 4))
     X = module.parametrizations.weight.original

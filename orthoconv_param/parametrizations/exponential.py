@@ -82,8 +82,10 @@ class ConvExponential(Registered):
     ``K`` is as small as ``tol`` allows. From the generator's norm alone follows a ``K`` that is enough for
     every generator of that norm. Where values can be read without waiting, on the CPU, the kernel that this
     gives is compared once with those of fewer taps: ``Q - Q'`` is a trigonometric polynomial, whose values
-    on a grid bound it at every size. That is done anew when the norm leaves its range (of a factor of
-    1.4), when the kernel's outermost taps have doubled, and on assignment. A checkpoint holds the result.
+    on a grid bound it at every size. That is done anew on assignment, when the norm leaves its range (of a
+    factor of 1.4), and when the kernel's outermost taps have grown so much that what lies outside of them
+    may exceed ``tol``, if it has grown as they have. A checkpoint holds the result. In what is compiled or
+    mapped by ``vmap``, and off the CPU when the norm leaves its range, ``K`` is that of the norm alone.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -260,8 +262,8 @@ class ConvExponential(Registered):
     def _is_outgrown_by(self, W: Tensor, accepted: bool = False) -> bool:
         """Return True if a compact kernel's degree is to be measured anew, before it is used.
 
-        What the kernel leaves out may then have doubled. (Off the CPU that is known at a later call, which
-        takes the degree that is proved to be enough.)
+        What it leaves out may then exceed the tolerance. (Off the CPU that is known at a later call,
+        which takes the degree that is proved to be enough.)
 
         Args:
             W: the kernel.
