@@ -239,15 +239,6 @@ def test_a_single_channel_that_grows_is_seen(factor):
         assert (singular_values(module.weight.detach(), 96, groups=64) - 1).abs().max() < 1.5e-12
 
 
-def test_in_what_is_mapped_the_number_of_taps_is_the_proved_one():
-    module = made(generator_of("random", 8))
-    parametrization, X = parametrization_of(module), module.parametrizations.weight.original.detach()
-    assert parametrization.degree < parametrization.compact.proved
-    taps = torch.func.vmap(parametrization)(torch.stack([X, X])).shape[-1]
-    assert taps == 2 * parametrization.compact.proved + 1
-    assert parametrization.degree < parametrization.compact.proved
-
-
 def test_two_calls_with_the_same_generator_give_the_same_kernel():
     module = made(0.7 * generator_of("random", 4))
     X = module.parametrizations.weight.original

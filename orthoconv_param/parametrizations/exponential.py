@@ -85,7 +85,8 @@ class ConvExponential(Registered):
     on a grid bound it at every size. That is done anew on assignment, when the norm leaves its range (of a
     factor of 1.4), and when the kernel's outermost taps have grown so much that what lies outside of them
     may exceed ``tol``, if it has grown as they have. A checkpoint holds the result. In what is compiled or
-    mapped by ``vmap``, and off the CPU when the norm leaves its range, ``K`` is that of the norm alone.
+    mapped by ``vmap``, ``K`` is that of the last ordinary call, and what was measured then may not hold for
+    other generators, even of the same norm. Off the CPU ``K`` follows from the norm alone.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).

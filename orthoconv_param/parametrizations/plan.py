@@ -1,5 +1,6 @@
 """`Plan`: how one call makes an orthogonal kernel. All choices that cost or save time are made here."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -70,9 +71,9 @@ class Family:
         Q = self.unitary(lattice.spectrum(X, g.placement), norm * scale)
         phases = Lattice(lattice.grid, (1,) * g.axes, g.groups, g.is_complex, compact=True)
         value, edge = shortest(phases.kernel(Q), g.groups, ample, self.reach, self.tolerance / 2)
-        # of a kernel that is zero there, as at the identity, any growth is as good as none
-        edge = edge if edge > 0 else self.tolerance
-        return replace(degree, value=min(value, degree.proved), edge=edge)
+        if value >= degree.proved:  # which is enough whatever the edges become
+            return replace(degree, edge=sys.float_info.max)
+        return replace(degree, value=value, edge=edge)
 
     def unitary(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
         """Return the unitary matrices, or frames, of a spectrum's skew part, whose norm may be known."""
@@ -158,10 +159,8 @@ def make_plan(
         norm = norm_of(geometry, kernel, reader)
     if family.is_compact:
         norm, degree = follow(family.degree, degree, norm, kernel)
-        waits = runtime.may_wait(kernel.device)
-        if degree is not None and norm is None and (waits or not runtime.may_read(kernel)):
-            degree = degree.unmeasured()  # in what is compiled or mapped: whatever the values become
-        elif degree is not None and norm is not None and waits and measures and not degree.is_measured:
+        waits = measures and runtime.may_wait(kernel.device)
+        if waits and degree is not None and norm is not None and not degree.is_measured:
             degree = family.measured(degree, kernel, norm)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
     # dilation permutes the phases of a stride, which makes another generator

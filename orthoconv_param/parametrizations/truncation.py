@@ -16,6 +16,7 @@ from ..torus.lattice import Lattice, centre, sampling
 
 _FEWEST = 2  # the degree below which second derivatives have not all their taps
 _LARGEST_GROWTH = 4.0  # of the outermost taps, for which what is outside of them is taken to grow alike
+_IDENTITY = 1e-6  # taps that square to less, but for the centre's, are none
 _CHUNK_BYTES = 2**22  # of a spectrum that is made for its norms, in a core's cache
 _MOST_BYTES = 2**28  # of one that is kept as a whole, for a closer bound
 
@@ -36,6 +37,8 @@ def shortest(kernel: Tensor, groups: int, degree: int, reach: Size, tol: float) 
         do, exceeds 1.2 times ``tol``.
     """
     squares = kernel.abs().square().sum((0, 1))
+    if _outside(squares, 0, reach) < _IDENTITY:  # which tells nothing of the derivatives there
+        return degree, 0.0
     channels = groups * min(kernel.shape[0] // groups, kernel.shape[1])
 
     def may_do(fewer: int) -> bool:
