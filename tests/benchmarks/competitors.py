@@ -4,6 +4,7 @@ import torch
 from orthogonium.layers.conv.adaptiveSOC.fast_skew_ortho_conv import ExpParams, FastSOC
 from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
 from torch import nn
+from torch.nn.utils import parametrize
 
 from orthoconv_param import orthogonal, singular_values
 
@@ -31,6 +32,21 @@ class CayleyConv2d(nn.Module):
         Q = torch.linalg.solve(eye + A, eye - A)
         y = Q @ torch.fft.rfft2(x).permute(2, 3, 1, 0)
         return torch.fft.irfft2(y.permute(3, 2, 0, 1), s=size)
+
+
+class ConvRNN(nn.Module):
+    """``h = tanh(convolution(h) + x)``, whose kernel is computed once for all steps."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, video):
+        h = torch.zeros_like(video[0])
+        with parametrize.cached():
+            for x in video:
+                h = (self.convolution(h) + x).tanh()
+        return h
 
 
 def plain(channels, padding_mode="circular", bias=False):

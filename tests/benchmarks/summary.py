@@ -15,9 +15,9 @@ import statistics
 import time
 
 import torch
-from competitors import CayleyConv2d, aoc, soc
+from competitors import CayleyConv2d, ConvRNN, aoc, soc
+from retrofit import Network
 from torch import nn
-from torch.nn.utils import parametrize
 
 from orthoconv_param import expm_skew, orthogonal, retrofit, set_orthogonality
 from orthoconv_param.functional import gate_blocks
@@ -49,38 +49,6 @@ def convolution(way, channels, out, stride=1):
     return soc(channels, TERMS) if way == "SOC" else CayleyConv2d(channels, 3)
 
 
-class ConvRNN(nn.Module):
-    """``h = tanh(convolution(h) + x)``."""
-
-    def __init__(self, convolution):
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, video):
-        h = torch.zeros_like(video[0])
-        with parametrize.cached():
-            for x in video:
-                h = (self.convolution(h) + x).tanh()
-        return h
-
-
-class ConvLSTM(nn.Module):
-    """A cell whose convolution reads [input, state], over a video."""
-
-    def __init__(self, mode, hidden):
-        super().__init__()
-        self.hidden = hidden
-        self.gates = nn.Conv2d(1 + hidden, 4 * hidden, 3, padding=1, padding_mode=mode)
-
-    def forward(self, video):
-        h = c = video.new_zeros(len(video), self.hidden, *video.shape[-2:])
-        for x in video.unbind(1):
-            i, f, o, g = self.gates(torch.cat([x, h], 1)).chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        return h
-
-
 def layer(channels, out, side, batch, stride=1):
     def make(way, device):
         module = convolution(way, channels, out, stride)
@@ -109,7 +77,7 @@ def retrofitted(hidden, side, batch, frames):
     def make(way, device):
         if way in OTHERS:
             return None
-        model = ConvLSTM("zeros" if way in ZERO_PADDED else "circular", hidden)
+        model = Network("zeros" if way in ZERO_PADDED else "circular", hidden, taps=3)
         video = torch.randn(batch, frames, 1, side, side)
         if way in WAYS:
             retrofit(model, video[:1], blocks="recurrent", method=WAYS[way].get("method", "exponential"))

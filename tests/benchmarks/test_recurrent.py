@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from competitors import aoc, defect, ours, plain
+from competitors import ConvRNN, aoc, defect, ours, plain
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -17,19 +17,6 @@ from models import ConvLSTM
 
 STEPS = 20
 SHAPES = [(16, 32, 16), (64, 16, 16), (64, 32, 8)]  # channels, side, batch
-
-
-class ConvRNN(nn.Module):
-    def __init__(self, convolution):
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, video):
-        h = torch.zeros_like(video[0])
-        with parametrize.cached():
-            for x in video:
-                h = (self.convolution(h) + x).tanh()
-        return h
 
 
 def train(model, video):
