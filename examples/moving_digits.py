@@ -278,10 +278,10 @@ def draw_losses(path: Path, rows: list[dict[str, Any]], settings: Settings) -> N
                     markersize=16,
                 )
             axes.set_yticks(range(len(names)), names)
-            axes.set(title=f"{start}, {count} predicted frames", ylim=(len(names) - 0.5, -0.5))
+            axes.set(title=f"{start}: {count} frames", ylim=(len(names) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
             if start == starts[-1]:
-                axes.set_xlabel("nats per pixel (dots: seeds, bar: mean)")
+                axes.set_xlabel("nats per pixel (a dot a seed)")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
