@@ -97,7 +97,8 @@ def take_note(weight: Parametrized, state_dict: dict[str, Any], prefix: str) -> 
     """Let the parametrization know of the generator that is loaded: it may set the kernel's size."""
     generator = state_dict.get(f"{prefix}parametrizations.weight.{weight.names[0]}")
     if weight.only is not None and isinstance(generator, Tensor):
-        weight.only.loaded(generator)
+        key = f"{prefix}parametrizations.weight.0.{runtime.EXTRA_STATE}"
+        weight.only.loaded(generator, state_dict.get(key))
 
 
 def remind(weight: Parametrized) -> None:

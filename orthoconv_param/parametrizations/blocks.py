@@ -12,7 +12,7 @@ the weight.
 
 from collections.abc import Mapping
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +114,9 @@ class Blocks(nn.Module):
         generator, buffers = self.exponential.preimage(self.partition.stacked(W))
         return (generator, *rest), {f"exponential.{name}": value for name, value in buffers.items()}
 
-    def loaded(self, generator: Tensor) -> None:
+    def loaded(self, generator: Tensor, state: Any) -> None:
         """Take note of a generator that has been loaded."""
-        self.exponential.loaded(generator)
+        self.exponential.loaded(generator, state)
 
     def extra_repr(self) -> str:
         """Say what ``print`` says of it."""

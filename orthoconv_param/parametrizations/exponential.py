@@ -398,15 +398,20 @@ class ConvExponential(Registered):
         zero = W.new_zeros(W.shape if self.geometry is None else self.geometry.size)
         return zero, self._buffers_of(lattice, spectrum)
 
-    def loaded(self, generator: Tensor) -> None:
-        """Take note of a generator that has been loaded: with ``domain="any"`` it sets ``K``."""
+    def loaded(self, generator: Tensor, state: Any) -> None:
+        """Take note of a generator that has been loaded: with ``domain="any"`` it sets ``K``.
+
+        Args:
+            generator: as it is in the checkpoint.
+            state: what `get_extra_state` gave, which is set later; None if the checkpoint has none.
+        """
         geometry, reference = self._registered()
         if self.domain == "any" and tuple(generator.shape) == geometry.size:
             self._reader.restart()
             self.compact = None
             generator = generator.detach().to(reference.device, reference.dtype)
-            # the checkpoint may say what was measured; else the first call measures
-            self._follow(unpack(at_least_single(generator)), measures=False)
+            is_measured = "degree" in signature.decode(state)
+            self._follow(unpack(at_least_single(generator)), measures=not is_measured)
 
     def _follow(self, kernel: Tensor, measures: bool = True) -> None:
         self.compact = make_plan(

@@ -240,7 +240,7 @@ class SplitExponential(Registered):
                 raise InManifoldError(W, f"the image of {self}: {error}") from error
         return X.to(W.dtype), {"base": self._base_of(base, W)}
 
-    def loaded(self, generator: Tensor) -> None:
+    def loaded(self, generator: Tensor, state: Any) -> None:
         """Take note of a generator that has been loaded: nothing follows from it."""
 
     def _read(self, chain: Chain, W: Tensor) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ class WalledGenerator(Registered):
         coin = polar_frame(kernel.flatten(3)[..., prod(layout.taps) // 2])  # of the tap in the middle
         return torch.zeros_like(W), {"base": reals_of(coin)}
 
-    def loaded(self, generator: Tensor) -> None:
+    def loaded(self, generator: Tensor, state: Any) -> None:
         """Take note of a generator that has been loaded: its norm sets the number of terms."""
         geometry, reference = self._registered()
         if tuple(generator.shape) == geometry.size:
