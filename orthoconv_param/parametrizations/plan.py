@@ -73,7 +73,7 @@ class Family:
         value, edge = shortest(phases.kernel(Q), g.groups, ample, self.reach, self.tolerance / 2)
         if value >= degree.proved:  # which is enough whatever the edges become
             return replace(degree, edge=sys.float_info.max)
-        return replace(degree, value=value, edge=edge)
+        return replace(degree, value=value, edge=float(f"{edge:.3g}"))  # the same whatever was rounded
 
     def unitary(self, spectrum: Tensor, norm: float | None = None) -> Tensor:
         """Return the unitary matrices, or frames, of a spectrum's skew part, whose norm may be known."""
