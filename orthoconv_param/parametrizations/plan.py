@@ -18,7 +18,7 @@ from ..matrices.products import skew
 from ..torus.geometry import Geometry
 from ..torus.lattice import Lattice, Placement, sampling
 from .degree import SINGLE_TOLERANCE, SMALLEST_LEVEL, Degree, smallest_degree
-from .truncation import shortest
+from .truncation import is_affordable, shortest
 
 Reader: TypeAlias = Callable[[Tensor], float | None]
 
@@ -67,6 +67,8 @@ class Family:
         g, scale = self.geometry, max(1.0, SMALLEST_LEVEL / norm) if norm > 0 else 1.0
         ample = smallest_degree(self.triv, degree.level, self.tolerance / 10, self.reach)
         lattice = self.lattice(replace(degree, value=ample))
+        if not is_affordable(ample, self.reach, lattice.blocks(g.size), g.groups):
+            return replace(degree, edge=sys.float_info.max)
         X = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float64)) * scale
         Q = self.unitary(lattice.spectrum(X, g.placement), norm * scale)
         phases = Lattice(lattice.grid, (1,) * g.axes, g.groups, g.is_complex, compact=True)

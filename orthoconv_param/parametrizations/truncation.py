@@ -6,6 +6,8 @@ as many taps as are proved to be enough, and compared with shorter ones. The dif
 trigonometric polynomial, whose values on a grid bound it at all frequencies, and so on tori of every size.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,14 @@ _FEWEST = 2  # the degree below which second derivatives have not all their taps
 _LARGEST_GROWTH = 4.0  # of the outermost taps, for which what is outside of them is taken to grow alike
 _IDENTITY = 1e-6  # taps that square to less, but for the centre's, are none
 _CHUNK_BYTES = 2**22  # of a spectrum that is made for its norms, in a core's cache
+_MOST_ENTRIES = 2**26  # of all matrices at the points of the grid
 _MOST_BYTES = 2**28  # of one that is kept as a whole, for a closer bound
+
+
+def is_affordable(degree: int, reach: Size, blocks: Size, groups: int) -> bool:
+    """Return True if `shortest` takes seconds at most: not in three dimensions for large degrees."""
+    points, _ = sampling(tuple(degree * r for r in reach), density=4)
+    return prod(points) * prod(blocks) * groups <= _MOST_ENTRIES
 
 
 def shortest(kernel: Tensor, groups: int, degree: int, reach: Size, tol: float) -> tuple[int, float]:
