@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class KeptForCalls:
         return type(self)(twin)
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_ours(module: nn.Module) -> TypeGuard[ParametrizationList]:
     """Return True for a list of parametrizations that this package has made."""
     package = __name__.partition(".")[0]
     return isinstance(module, ParametrizationList) and any(
@@ -234,9 +234,7 @@ class _FrozenHere(threading.local):
 
 
 _frozen = _FrozenHere()
-_frozen_anywhere: "weakref.WeakKeyDictionary[Any, int]" = (
-    weakref.WeakKeyDictionary()
-)  # blocks of all threads
+_frozen_anywhere: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()  # blocks
 _freezing = threading.Lock()
 
 
@@ -293,7 +291,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be a module. Found {type(model).__name__}")
-    stacks = [m for m in model.modules() if isinstance(m, ParametrizationList) and _is_ours(m)]
+    stacks = [module for module in model.modules() if _is_ours(module)]
     if not stacks:
         raise ValueError(
             "model should have convolutions that this package parametrizes, by `orthogonal` or `retrofit`. "
@@ -319,7 +317,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def once(owner: object, key: Any, of: tuple[Tensor, ...], compute: Callable[[], _Value]) -> _Value:
-    """Compute once per `parametrize.cached()` block, or call of a module of `keep_for_each_call`.
+    """Compute once per `parametrize.cached()` block, call of a module of `KeptForCalls`, or `frozen` block.
 
     A result is used again only for the same tensors, unchanged, and where a graph is needed only if it has
     one, through which no backward pass has gone. So a later call does not train on a result that was

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, wraps
+from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -201,6 +202,8 @@ def convolution_gradients(
     needed: Sequence[bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of a convolution by its images and its weight, those that are needed."""
+    # From a single pixel's strides, which mean nothing, torch reads a format that its slow_conv2d refuses.
+    G, x = (t.clone(memory_format=torch.contiguous_format) if prod(t.shape[2:]) == 1 else t for t in (G, x))
     none, ones = [0] * (x.ndim - 2), [1] * (x.ndim - 2)
     return torch.ops.aten.convolution_backward(
         G, x, weight, None, stride or ones, padding or none, dilation or ones, False, none, groups,

@@ -796,3 +796,26 @@ def test_circular_operators_are_applied_by_their_series_where_that_costs_less(
     assert evaluate.choose(module.operator, (side, side), batch).name == least
     with parametrize.cached():  # the exponential is shared by the steps of a loop
         assert evaluate.choose(module.operator, (side, side), batch).name != "series"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize(
+    ("axes", "stride", "groups"), [(1, 2, 2), (1, 1, 2), (2, 2, 2), (2, 1, 1), (2, 2, 1)]
+)
+def test_gradients_of_a_single_pixel(axes, stride, groups, dtype):
+    """Its strides mean nothing, in whatever layout torch has left them."""
+    torch.manual_seed(0)
+    cls = (nn.Conv1d, nn.Conv2d)[axes - 1]
+    conv = cls(2, 2, 3, stride=stride, padding=1, groups=groups, bias=False, dtype=dtype)
+    module = orthogonal(conv, boundary="walls")
+    X = module.parametrizations.weight.original
+    weights = torch.arange(1.0, 3.0).reshape(2, *(1,) * axes)
+
+    def gradients(x):
+        x = x.requires_grad_()
+        return torch.autograd.grad((module(x).abs().square() * weights).sum(), [X, x])
+
+    x = torch.randn(1, 2, *(stride,) * axes, dtype=dtype)
+    of_one, of_two = gradients(x), gradients(torch.cat([x, x]).detach())
+    torch.testing.assert_close(of_one[0], of_two[0] / 2)
+    torch.testing.assert_close(of_one[1], of_two[1][:1])

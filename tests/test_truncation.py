@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from orthoconv_param import ConvExponential, orthogonal, singular_values
 from orthoconv_param.parametrizations import plan
 from orthoconv_param.parametrizations.degree import Degree, smallest_degree
-from orthoconv_param.parametrizations.truncation import outermost, shortest
+from orthoconv_param.parametrizations.truncation import is_affordable, outermost, shortest
 from orthoconv_param.torus.lattice import pack, unpack
 
 close = torch.testing.assert_close
@@ -239,6 +239,17 @@ def test_a_single_channel_that_grows_is_seen(factor):
         with torch.no_grad():
             X[channel] *= factor
         assert (singular_values(module.weight.detach(), 96, groups=64) - 1).abs().max() < 1.5e-12
+
+
+def test_what_would_take_long_to_measure_has_the_proved_degree():
+    assert is_affordable(9, (1, 1), (256, 256), 1)
+    assert not is_affordable(40, (2, 2, 2), (4, 4), 1)
+    conv = nn.Conv3d(3, 3, 5, padding=2, bias=False).double()
+    with torch.no_grad():
+        conv.weight.mul_(8 / norm_of(conv.weight.detach()))
+    compact = parametrization_of(orthogonal(conv)).compact
+    assert compact.is_measured
+    assert compact.value == compact.proved
 
 
 def test_two_calls_with_the_same_generator_give_the_same_kernel():

@@ -19,9 +19,8 @@ from .closed_forms import expm_2x2, vjp_2x2
 from .products import product, skew
 from .squaring import expm_and_keep, expm_batch, vjp_batch, vjp_of_kept
 
-_KEPT_BYTES = (
-    2**17
-)  # of the matrices, for each row up to 64; ten times as much is kept until the backward pass
+# Of the matrices, for each of their rows up to 64. Ten times as much is kept until the backward pass.
+_KEPT_BYTES = 2**17
 
 
 def exponential(A: Tensor, norm: float | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import Size
 from ..matrices.norms import frobenius
+from ..torus.dft import half
 from ..torus.lattice import Lattice, centre, sampling
 
 _FEWEST = 2  # the degree below which second derivatives have not all their taps
@@ -27,7 +28,7 @@ _MOST_BYTES = 2**28  # of one that is kept as a whole, for a closer bound
 def is_affordable(degree: int, reach: Size, blocks: Size, groups: int) -> bool:
     """Return True if `shortest` takes seconds at most: not in three dimensions for large degrees."""
     points, _ = sampling(tuple(degree * r for r in reach), density=4)
-    return prod(points) * prod(blocks) * groups <= _MOST_ENTRIES
+    return prod(half(points)) * prod(blocks) * groups <= _MOST_ENTRIES
 
 
 def shortest(kernel: Tensor, groups: int, degree: int, reach: Size, tol: float) -> tuple[int, float]:
