@@ -17,8 +17,8 @@ from ..matrices.chebyshev import LARGEST_NUMBER_OF_TERMS, series, tails
 from ..matrices.maps import Trivialization, name
 from ..torus.lattice import Lattice
 
-SINGLE_TOLERANCE = 2e-7  # of what nothing is spared by: the terms of a series, a kernel on a given torus
-COMPACT_TOLERANCE = 1e-6  # 1000 steps of a linear recurrence keep the norm to 1e-3
+SINGLE_TOLERANCE = 2e-7  # of series, and on a given torus: a looser one would spare little
+COMPACT_TOLERANCE = 1e-6  # of compact kernels: 1000 steps of a linear recurrence keep the norm to 1e-3
 
 # Norms are rounded up to these many levels per octave, so that the degree changes rarely, and below the
 # smallest of them it stays, so that derivatives at zero are as exact as values.
@@ -35,11 +35,11 @@ class Degree:
         level: the norm.
         value: the degree: of compact kernels; or of a series, the number of its terms.
         coefficients: of the map's series for that norm. A term more costs little: of compact kernels it is
-            to a fifth of the tolerance. None if it is too long.
+            to a fifth of the tolerance. Empty if it is too long.
         tol: the largest defect.
         proved: the degree that is enough for every generator of that norm; ``value`` may be smaller.
-        edge: up to which size of the kernel's outermost taps ``value`` is enough: see `truncation`.
-            Infinite if it follows from the norm alone.
+        edge: up to which size of the kernel's outermost taps ``value`` is enough, as measured on the
+            kernel: see `truncation`. None if nothing has been measured.
     """
 
     level: float
@@ -47,7 +47,7 @@ class Degree:
     coefficients: tuple[float, ...]
     tol: float
     proved: int
-    edge: float = inf
+    edge: float | None = None
 
     @classmethod
     def of(
@@ -86,7 +86,7 @@ class Degree:
     @property
     def is_measured(self) -> bool:
         """Return True if the degree was measured on the kernel, not deduced from its norm."""
-        return self.edge < inf
+        return self.edge is not None
 
     def unmeasured(self) -> "Degree":
         """Return the degree that is deduced from the norm alone."""

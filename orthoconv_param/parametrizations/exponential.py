@@ -272,7 +272,7 @@ class ConvExponential(Registered):
                 consist of rounding.
         """
         compact = self.compact
-        if self.domain != "any" or compact is None or not compact.is_measured or not runtime.may_read(W):
+        if self.domain != "any" or compact is None or compact.edge is None or not runtime.may_read(W):
             return False
         family = self._family()
         edge = self._edge_reader(outermost(W, family.geometry.groups, family.reach, family.geometry.stride))
@@ -612,9 +612,10 @@ class ConvExponential(Registered):
     def _loaded_or_moved(self, moved: bool) -> None:
         self._reader.restart(wait=not moved)  # the generator is the parent's
         self._edge_reader.restart(wait=False)
-        family = self._family() if moved and self.compact is not None else None
-        if family is not None and self.compact is not None and self.compact.tol != family.tolerance:
-            self.compact = family.degree(self.compact.level)
+        if moved and self.compact is not None:
+            family = self._family()
+            if self.compact.tol != family.tolerance:
+                self.compact = family.degree(self.compact.level)
 
 
 # Scripts initialise whatever has "Conv" in the name of its class by its weight, which this has not.

@@ -1,6 +1,5 @@
 """`Plan`: how one call makes an orthogonal kernel. All choices that cost or save time are made here."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -68,13 +67,13 @@ class Family:
         ample = smallest_degree(self.triv, degree.level, self.tolerance / 10, self.reach)
         lattice = self.lattice(replace(degree, value=ample))
         if not is_affordable(ample, self.reach, lattice.blocks(g.size), g.groups):
-            return replace(degree, edge=sys.float_info.max)
+            return replace(degree, edge=inf)
         X = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float64)) * scale
         Q = self.unitary(lattice.spectrum(X, g.placement), norm * scale)
         phases = Lattice(lattice.grid, (1,) * g.axes, g.groups, g.is_complex, compact=True)
         value, edge = shortest(phases.kernel(Q), g.groups, ample, self.reach, self.tolerance / 2)
         if value >= degree.proved:  # which is enough whatever the edges become
-            return replace(degree, edge=sys.float_info.max)
+            return replace(degree, edge=inf)
         return replace(degree, value=value, edge=float(f"{edge:.3g}"))  # the same whatever was rounded
 
     def unitary(self, spectrum: Tensor, norm: float | None = None) -> Tensor:

@@ -38,7 +38,6 @@ class Norm:
         self.geometry = geometry
         self.triv = triv
         self.degree: Degree | None = None
-        self.tol = 0.0  # to which the degree is
         self.reader = runtime.LateReader()
 
     def generator(self, kernel: Tensor, dtype: torch.dtype, coin: Tensor | None) -> Generator:
@@ -49,9 +48,8 @@ class Norm:
             RuntimeError: if the norm is not known, since there has been no ordinary call.
         """
         tol = default_tolerance(dtype)
-        if tol != self.tol and self.degree is not None:
+        if self.degree is not None and self.degree.tol != tol:
             self.degree = Degree.of_series(self.triv, tol, self.degree.level)
-        self.tol = tol
 
         def needed(norm: float) -> Degree:
             return Degree.of_series(self.triv, tol, norm)
