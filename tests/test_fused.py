@@ -13,8 +13,6 @@ from test_exponential import skew_of_norm
 from torch.torch_version import TorchVersion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 triton = pytest.importorskip("triton")
 from orthoconv_param.matrices import fused  # noqa: E402
 
