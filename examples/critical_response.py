@@ -149,6 +149,7 @@ def draw(x: dict[str, list[float]], y: dict[str, list[float]], path: Path) -> No
         axes.loglog(x[name], y[name], "o", markersize=4, color=line.get_color(), label=label)
         axes.set(xlabel=law.x_name, ylabel=law.y_name)
         axes.legend(fontsize=7, loc="upper right" if law.exponent < 0 else "lower right")
+    figure.suptitle("dots: measured; lines: predicted", fontsize=9)
     figure.savefig(path, dpi=80)
 
 

@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from colours import colour_of
 from convrnn import Recurrent
 from experiment import (
     TRAINING_DIGITS,
@@ -86,18 +87,20 @@ def experiment(name: str, delay: int, seeds: Sequence[int], steps: int) -> dict[
 
 def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
     """Draw norms over the step: geometric means over the seeds, between the least and the largest."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
     for axes, is_trained in zip(panels, (False, True), strict=True):
         for name, norms in results.items():
             logarithms = norms[is_trained].clamp_min(FLOOR).log10()
             steps = range(logarithms.shape[1])
-            middle = axes.plot(steps, 10 ** logarithms.mean(0), label=name)[0]
+            axes.plot(steps, 10 ** logarithms.mean(0), label=name, color=colour_of(name))
             low, high = 10 ** logarithms.amin(0), 10 ** logarithms.amax(0)
-            axes.fill_between(steps, low, high, color=middle.get_color(), alpha=0.2)
-        axes.set(xlabel="step of the state", yscale="log", ylim=(1e-20, 1e10))
+            axes.fill_between(steps, low, high, color=colour_of(name), alpha=0.2, linewidth=0)
+        axes.set(xlabel="step of the state", yscale="log", ylim=(1e-20, 1e3))
         axes.set_title("trained" if is_trained else "untrained")
     panels[0].set_ylabel("gradient's norm, relative to the last step's")
-    panels[1].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.suptitle("geometric mean of the seeds; bands: from the least to the largest", fontsize=9)
     figure.savefig(path, dpi=80)
 
 

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from colours import colour_of
 from convrnn import convolution
 from experiment import ratio, save, table
 from torch import Tensor, nn
@@ -29,14 +30,13 @@ SHOWN = (1, 10, 100, 1000)  # steps in the table
 FLOOR = 3e-5  # of the figure
 SMALLEST = torch.finfo(torch.float32).tiny
 
-CIRCULAR, WALLS, WALLS_SPLIT, PLAIN = "C0", "C9", "navy", "C5"  # colours, in the figure of recall too
-OPERATORS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
-    "circular, exponential": (CIRCULAR, partial(orthogonal, boundary="circular")),
-    "walls, exponential": (WALLS, partial(orthogonal, boundary="walls")),
-    "walls, split": (WALLS_SPLIT, partial(orthogonal, boundary="walls", method="split")),
-    'zeros, exponential, domain="any"': ("magenta", partial(orthogonal, boundary="zeros")),
-    f"zeros, exponential, domain={SIDE}": ("crimson", partial(orthogonal, boundary="zeros", domain=SIDE)),
-    "plain zero-padded convolution": (PLAIN, lambda plain: plain),
+OPERATORS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "circular, exponential": partial(orthogonal, boundary="circular"),
+    "walls, exponential": partial(orthogonal, boundary="walls"),
+    "walls, split": partial(orthogonal, boundary="walls", method="split"),
+    'zeros, exponential, domain="any"': partial(orthogonal, boundary="zeros"),
+    f"zeros, exponential, domain={SIDE}": partial(orthogonal, boundary="zeros", domain=SIDE),
+    "plain zero-padded convolution": lambda plain: plain,
 }
 
 
@@ -45,7 +45,7 @@ def norms(name: str, seed: int) -> Tensor:
     """Return how much of a random state's norm is left after each step, ``(steps,)``."""
     torch.manual_seed(seed)
     plain = convolution(2, CHANNELS, CHANNELS, bias=False, boundary="walls")
-    step = OPERATORS[name][1](plain)
+    step = OPERATORS[name](plain)
     h = torch.randn(1, CHANNELS, SIDE, SIDE)
     first, left = h.norm(), []
     with parametrize.cached():
@@ -62,7 +62,7 @@ def draw(left: dict[str, Tensor], path: Path) -> None:
     for name, values in left.items():
         low, middle, high = values.amin(0), values.mean(0), values.amax(0)
         steps = range(1, len(middle) + 1)
-        colour, width, above = OPERATORS[name][0], 1.5, 0.0
+        colour, width, above = colour_of(name), 1.5, 0.0
         if name in lasting:  # they coincide: a wide line lies below narrower ones, and names are stacked
             rank = lasting.index(name)
             width, above = 9.0 - 3 * rank, 13.0 * (1 - rank)
@@ -74,7 +74,7 @@ def draw(left: dict[str, Tensor], path: Path) -> None:
         text.set_annotation_clip(False)
     axes.set(xlabel="steps", ylabel="norm that is left of a state", xscale="log", yscale="log")
     axes.set(xlim=(1, SHOWN[-1]), ylim=(FLOOR, 2))
-    axes.set_title(f"random states of {CHANNELS} channels, {SIDE}x{SIDE} images")
+    axes.set_title(f"random states of {CHANNELS} channels, {SIDE}x{SIDE} images; bands: least to largest")
     figure.savefig(path, dpi=80)
 
 

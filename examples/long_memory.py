@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from baselines import ConvGRUCell, ConvLSTMCell, PlainConvRNNCell
+from colours import colour_of
 from convrnn import Boundary, Cell, ConvRNNCell, Method, Recurrent, convolution
 from experiment import (
     METHODS,
@@ -56,19 +57,6 @@ STEPS = {100: 60, 500: 30, 1000: 20}  # of Adam, for each delay
 BATCH = 8
 SPREAD = 1e-3  # of the generators' initial values: U is near the identity
 IMAGES: dict[Boundary, str] = {"circular": "periodic images", "walls": "images between walls"}
-COLOURS = {
-    "orthogonal ConvRNN": leak.CIRCULAR,
-    "orthogonal ConvRNN, exponential": leak.WALLS,
-    "orthogonal ConvRNN, split": leak.WALLS_SPLIT,
-    "unitary ConvRNN": "C1",
-    "unitary ConvRNN, exponential": "C1",
-    "unitary ConvRNN, split": "goldenrod",
-    "ConvLSTM": "C2",
-    "ConvLSTM (chrono)": "C3",
-    "ConvGRU": "C4",
-    "plain ConvRNN": leak.PLAIN,
-    "plain ConvRNN (identity)": "C6",
-}
 
 
 def _network(
@@ -188,13 +176,13 @@ def draw(
     for name, label in zip(names, right.get_yticklabels()[1:], strict=True):  # the legend of both
         errors = [results_of(rows, "test_error", network=name, delay=delay) for delay in delays]
         middle, deviation = zip(*(mean_and_deviation(e) for e in errors), strict=True)
-        left.errorbar(delays, middle, deviation, marker="o", capsize=3, color=COLOURS[name])
-        label.set_color(COLOURS[name])
+        left.errorbar(delays, middle, deviation, marker="o", capsize=3, color=colour_of(name))
+        label.set_color(colour_of(name))
     mean = (shown - images[:TRAINING_DIGITS].mean()).square().mean().item()
     left.axhline(mean, color="gray", linestyle=":")
-    left.annotate("the mean of all pixels", (delays[0], 1.1 * mean), color="gray", fontsize=8)
+    left.annotate("the mean of all pixels", (delays[0], 1.3 * mean), color="gray", fontsize=8)
     left.set(xlabel="blank or noisy frames", ylabel="mean squared error", xscale="log", yscale="log")
-    left.set_title(IMAGES[boundary])
+    left.set_title(f"{IMAGES[boundary]}; bars: deviation of the seeds", fontsize=10)
     left.set_xticks(delays, [str(delay) for delay in delays])
     left.minorticks_off()
     figure.savefig(path, dpi=80)

@@ -37,6 +37,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from colours import colour_of
 from convlstm import GATES, MEMORY, ConvLSTM, Variant, cost_of_a_step, train
 from experiment import digits, mean_and_deviation, parse, parser, positive, run, save, spread, table
 from torch import Tensor
@@ -269,19 +270,19 @@ def draw_losses(path: Path, rows: list[dict[str, Any]], settings: Settings) -> N
         ):
             for n, name in enumerate(names):
                 values = losses_of(rows, name, start, "seconds", column)
-                axes.plot(values, [n] * len(values), "o", color=f"C{n}", alpha=0.5)
+                axes.plot(values, [n] * len(values), "o", color=colour_of(name), alpha=0.5)
                 axes.plot(
                     mean_and_deviation(values)[0] if values else [],
                     n if values else [],
                     "|",
-                    color=f"C{n}",
+                    color=colour_of(name),
                     markersize=16,
                 )
             axes.set_yticks(range(len(names)), names)
             axes.set(title=f"{start}: {count} frames", ylim=(len(names) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
             if start == starts[-1]:
-                axes.set_xlabel("nats per pixel (a dot a seed)")
+                axes.set_xlabel("nats per pixel (dot: a seed; line: their mean)")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -30,6 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from colours import colour_of
 from convlstm import MEMORY, ConvLSTM, Variant, cost_of_a_step, train
 from experiment import mean_and_deviation, parse, parser, positive, run, save, spread, table
 from moving_digits import SETS, shuffled_digits
@@ -38,6 +39,7 @@ from torch import Tensor
 SIDE = 8  # of a digit, and height of the corridor
 MARGIN = 10  # columns on each side of the screen
 SCREEN = 0.5  # gray
+FLOOR = 1e-20  # of the figure of gradients
 
 VARIANTS = {
     "original": Variant(),
@@ -181,20 +183,22 @@ def errors_of(rows: list[dict[str, Any]], **same: Any) -> list[float]:
 
 def draw_gradients(path: Path, settings: Settings, delay: int, seed: int, out: Path) -> None:
     """Draw the norms of the gradients of the loss by state and memory after each frame."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharey=True)
     for title, axes in zip(("before training", "after training"), panels, strict=True):
-        for n, (name, variant) in enumerate(VARIANTS.items()):
+        for name, variant in VARIANTS.items():
             torch.manual_seed(seed)
             task = Occlusion(delay, settings.on, 99)
             model = variant.made(settings.hidden, task)
             if title == "after training":
                 model.load_state_dict(Stage(name, "fresh", delay).load(out, seed))
             norms = gradients(model, task)
-            axes.semilogy(range(1, len(norms) + 1), norms, label=name, color=f"C{n}")
+            axes.semilogy(range(1, len(norms) + 1), norms, label=name, color=colour_of(name))
         axes.axvspan(MARGIN - 1, MARGIN - 1 + delay, color="0.9", label="hidden", zorder=0)
         axes.set(title=title, xlabel="frame")
     panels[0].set_ylabel("gradient by state and memory")
-    panels[1].legend(loc="lower right")
+    panels[0].set_ylim(bottom=max(FLOOR, panels[0].get_ylim()[0]))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

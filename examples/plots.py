@@ -11,7 +11,10 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
+from colours import colour_of
+from matplotlib.colors import to_hex
 from torch import Tensor, nn
 
 from orthoconv_param import orthogonal, plot_gradient_norms, plot_spectrum
@@ -46,6 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
+    colours = [to_hex(colour_of(name)) for name in ("orthogonal", "nn.Conv2d")]
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=colours)  # after, before
     before, after = convolution(), orthogonal(convolution())
     axes = plot_spectrum(after, domain=32, before=before)
     axes[0].figure.savefig(arguments.out / "spectrum.png", dpi=80)

@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from baselines import ConvGRUCell, ConvLSTMCell, ExpRNNCell, PlainConvRNNCell
+from colours import colour_of
 from convrnn import Boundary, Cell, ConvRNNCell, Method, Recurrent
 from experiment import (
     METHODS,
@@ -157,17 +158,22 @@ def accuracies_of(rows: list[dict[str, Any]], task: str, name: str) -> list[floa
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw a bar for each network, and a dot for each seed."""
+    """Draw a dot for each seed, and a line at their mean."""
     names = list(dict.fromkeys(row["network"] for row in rows))
-    figure, panels = plt.subplots(1, len(FRAMES), figsize=(11, 3.5), layout="constrained", sharey=True)
-    for axes, task in zip(panels, FRAMES, strict=True):
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    size = (1.5 + 4.75 * len(tasks), 3.5)
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, task in zip(panels[0], tasks, strict=True):
         for n, name in enumerate(names):
             values = accuracies_of(rows, task, name)
-            axes.barh(n, sum(values) / len(values), alpha=0.6)
-            axes.plot(values, [n] * len(values), "k.", markersize=4)
+            axes.plot(values, [n] * len(values), "o", color=colour_of(name), alpha=0.5)
+            axes.plot(sum(values) / len(values), n, "|", color=colour_of(name), markersize=16)
         axes.set_yticks(range(len(names)), names)
-        axes.set(title=task, xlabel="test accuracy, %", xlim=(0, 100))
-    panels[0].invert_yaxis()
+        axes.set(title=task, xlabel="test accuracy, % (dot: a seed; line: their mean)")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=80)
 
 
@@ -180,13 +186,16 @@ def main() -> None:
     options.add_argument(
         "--steps", type=positive, nargs=2, default=default, metavar="N", help=help_of_steps
     )
+    help_of_tasks = "how digits are read"
+    options.add_argument("--tasks", choices=FRAMES, nargs="+", default=[*FRAMES], help=help_of_tasks)
     options.add_argument("--batch", type=positive, default=32, help="digits at once")
     add_method_and_boundary(options)
     arguments = parse(options, seeds=[0, 1], rates=[1e-2, 3e-2], steps=[60, 10])
     steps = dict(zip(FRAMES, arguments.steps, strict=True))
+    tasks = [task for task in FRAMES if task in arguments.tasks]
     seeds, rates = arguments.seeds, list(arguments.rates)
     methods, boundary = methods_of(arguments), arguments.boundary
-    kinds = [(task, name) for task in reversed(FRAMES) for name in networks(task, methods, boundary)]
+    kinds = [(task, name) for task in reversed(tasks) for name in networks(task, methods, boundary)]
     settings = (arguments.batch, methods, boundary)
     jobs = [(*kind, seeds, rates, steps[kind[0]], *settings) for kind in kinds]
     total = sum(FRAMES[task] * steps[task] for task, _ in kinds) * len(seeds) * len(rates)
@@ -196,10 +205,10 @@ def main() -> None:
 
     parameters = {row["network"]: str(row["parameters"]) for row in rows}
     cells = [
-        [name, count, *(spread(accuracies_of(rows, task, name), 1) for task in FRAMES)]
+        [name, count, *(spread(accuracies_of(rows, task, name), 1) for task in tasks)]
         for name, count in parameters.items()
     ]
-    print(table(["network", "parameters", *FRAMES], cells))
+    print(table(["network", "parameters", *tasks], cells))
     print(f"row_digits.csv and row_digits.png are in {arguments.out}")
 
 
