@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from colours import colour_of
+from cycler import cycler
 from matplotlib.colors import to_hex
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     colours = [to_hex(colour_of(name)) for name in ("orthogonal", "nn.Conv2d")]
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=colours)  # after, before
+    plt.rcParams["axes.prop_cycle"] = cycler(color=colours)  # after, before
     before, after = convolution(), orthogonal(convolution())
     axes = plot_spectrum(after, domain=32, before=before)
     axes[0].figure.savefig(arguments.out / "spectrum.png", dpi=80)

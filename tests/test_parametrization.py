@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import (
     remove_parametrizations,
 )
 
-from orthoconv_param import ConvExponential, functional, generators, orthogonality_defect
+from orthoconv_param import ConvExponential, functional, generators, orthogonal, orthogonality_defect
 from orthoconv_param.torus.lattice import Lattice, pack, unpack
 
 close = torch.testing.assert_close
@@ -427,6 +427,26 @@ def test_a_norm_that_no_compact_kernel_holds_is_an_error(factor):
         holder.parametrizations.weight.original.mul_(factor)
     with pytest.raises(ValueError, match="has no compact kernel"):
         _ = holder.weight
+
+
+@pytest.mark.parametrize(("triv", "held"), [("expm", (4.0, 47.0)), ("cayley", (4.0,))])
+def test_every_norm_has_a_kernel_to_tol_or_an_error(triv, held):
+    torch.manual_seed(0)
+    taps = torch.randn(2, 2, 3)
+    taps /= norm_of(taps)
+    for norm in (4.0, 47.0, 470.0, 600.0, 900.0, 3000.0):
+        conv = orthogonal(nn.Conv1d(2, 2, 3, padding=1, bias=False), triv=triv)
+        before, message = conv.weight, ""
+        try:
+            conv.weight = norm * taps
+        except ValueError as error:
+            message = str(error)
+        if message:
+            assert "has no compact kernel" in message
+            assert norm not in held
+            assert torch.equal(conv.weight, before)
+        else:
+            assert orthogonality_defect(conv, 3000) < 1.5e-6, norm
 
 
 @pytest.mark.parametrize("domain", [None, 6, "any"])

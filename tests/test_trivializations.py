@@ -17,7 +17,7 @@ from orthoconv_param.matrices.maps import (
     retraction,
     trivialization,
 )
-from orthoconv_param.parametrizations.degree import smallest_degree
+from orthoconv_param.parametrizations.degree import Degree, smallest_degree
 from orthoconv_param.torus.lattice import Lattice
 
 MAPS = ["expm", "cayley", geotorch.SO.trivializations["expm"], geotorch.SO.trivializations["cayley"]]
@@ -117,7 +117,7 @@ def test_a_map_that_is_not_smooth_has_no_compact_kernel():
         return torch.where(A.imag > 0.3, 1j, 1.0 + 0j).to(A.dtype)
 
     with pytest.raises(ValueError, match="has no compact kernel"):
-        smallest_degree(jump, 1.0, 2e-7, (1,))
+        Degree.of(jump, 2e-7, (1,), 1.0)
 
 
 # Maps that are given

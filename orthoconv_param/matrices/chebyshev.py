@@ -26,7 +26,7 @@ def coefficients(triv: str | Trivialization, norm: float) -> np.ndarray:
     """Return ``i^k c_k``, the Chebyshev coefficients of ``f(i norm x)`` on ``[-1, 1]``.
 
     They are read from values of the map on 1 x 1 matrices. None are returned for a function that no
-    polynomial of degree 512 follows.
+    polynomial of degree 1024 follows.
     """
     count = 64
     while count <= 4 * LARGEST_DEGREE and norm < 2 * LARGEST_DEGREE:
@@ -38,7 +38,7 @@ def coefficients(triv: str | Trivialization, norm: float) -> np.ndarray:
         c[0] /= 2
         c[np.abs(c) < 100 * np.finfo(float).eps * (1 + norm) ** 0.5] = 0  # rounding
         if not c[count // 2 :].any():
-            return c[:LARGEST_DEGREE]
+            return c[: count // 2]
         count *= 2
     return np.zeros(0, complex)
 

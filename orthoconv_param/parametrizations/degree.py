@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..checks import HALF, Size
-from ..matrices.chebyshev import LARGEST_NUMBER_OF_TERMS, series, tails
+from ..matrices.chebyshev import LARGEST_DEGREE, LARGEST_NUMBER_OF_TERMS, series, tails
 from ..matrices.maps import Trivialization, name
 from ..torus.lattice import Lattice
 
@@ -60,6 +60,11 @@ class Degree:
         """
         level = _rounded_up(norm)
         value = smallest_degree(triv, level, tol, reach)
+        if value is None:
+            raise ValueError(
+                f"triv={name(triv)!r} of a generator of norm {norm:.3g} has no compact kernel to "
+                f"tol={tol:.1e}: use a given domain, or a smaller generator"
+            )
         return cls(level, value, series(triv, level, tol / 5) or (), tol, value)
 
     @classmethod
@@ -110,7 +115,7 @@ def _step(norm: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def smallest_degree(triv: str | Trivialization, norm: float, tol: float, reach: Size) -> int:
+def smallest_degree(triv: str | Trivialization, norm: float, tol: float, reach: Size) -> int | None:
     """Return the degree at which a compact kernel is as good as ``triv`` of the generator, to ``tol``.
 
     On the torus that holds degree ``p`` in a kernel of ``reach``, ``triv`` of a generator with spectrum
@@ -121,17 +126,13 @@ def smallest_degree(triv: str | Trivialization, norm: float, tol: float, reach: 
 
         ``(1 + lebesgue(p)) * sum_{q > p} |c_q| <= tol``.
 
-    Raises:
-        ValueError: if no degree below 512 does, as for a map with a discontinuity.
+    Return None if no degree below 512 does, as for large norms, and for maps with a discontinuity.
     """
     rest = tails(triv, norm)
-    for p in range(2, len(rest)):
+    for p in range(2, min(len(rest), LARGEST_DEGREE)):
         if rest[p] <= tol and rest[p] * (1 + _lebesgue(p, reach)) <= tol:
             return p
-    raise ValueError(
-        f"triv={name(triv)!r} of a generator of norm {norm:.3g} has no compact kernel to tol={tol:.1e}: "
-        "use a given domain, or a smaller generator"
-    )
+    return None
 
 
 def _lebesgue(degree: int, reach: Size) -> float:

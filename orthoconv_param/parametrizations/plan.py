@@ -65,6 +65,8 @@ class Family:
         """
         g, scale = self.geometry, max(1.0, SMALLEST_LEVEL / norm) if norm > 0 else 1.0
         ample = smallest_degree(self.triv, degree.level, self.tolerance / 10, self.reach)
+        if ample is None:
+            return replace(degree, edge=inf)
         lattice = self.lattice(replace(degree, value=ample))
         if not is_affordable(ample, self.reach, lattice.blocks(g.size), g.groups):
             return replace(degree, edge=inf)
