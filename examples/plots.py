@@ -2,7 +2,7 @@
 
     python examples/plots.py --out DIR
 
-saves spectrum.png and gradient_norms.png, the two figures of the README, in a few seconds.
+saves spectrum.png and gradient_norms.png, two figures of the list of experiments, in a few seconds.
 """
 
 import argparse
