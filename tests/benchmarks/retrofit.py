@@ -29,7 +29,7 @@ STEPS = [  # hidden channels, taps, side, batch
     if hidden * side < 64 * 64
 ]
 MEMORY = [(16, 3, 32, 8), (64, 3, 32, 4), (64, 5, 32, 4)]
-WAYS = {"plain": None, "under way": 0.5, "over": 1.0}
+WAYS = {"plain": None, "annealing": 0.5, "annealed": 1.0}
 
 
 class Network(nn.Module):
@@ -58,7 +58,7 @@ class Trained:
         self.model = Network(mode, hidden, taps)
         if WAYS[way] is not None:
             retrofit(self.model, self.video, blocks="recurrent")
-            set_orthogonality(self.model, WAYS[way], final=way == "over")
+            set_orthogonality(self.model, WAYS[way], final=way == "annealed")
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
 
     def step(self) -> float:
@@ -81,7 +81,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     call(2 if options.quick else LAYERS)
     steps(STEPS[:1] if options.quick else STEPS, 3 if options.quick else 9)
-    print("\n| peak memory: hidden, taps, side, batch | plain, MiB | under way | over |")
+    print("\n| peak memory: hidden, taps, side, batch | plain, MiB | annealing | annealed |")
     print("| --- | --- | --- | --- |")
     for size in MEMORY[:1] if options.quick else MEMORY:
         plain, *others = (measured(way, size) for way in WAYS)
@@ -106,7 +106,7 @@ def call(layers: int) -> None:
 def steps(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
     """Print how long a step of training takes."""
     print(
-        "\n| hidden, taps, side, batch | plain, ms | walls, under way | over | circular, under way | over |"
+        "\n| hidden, taps, side, batch | plain, ms | walls, annealing | walls, annealed | circular, annealing | circular, annealed |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for size in sizes:
@@ -118,7 +118,7 @@ def steps(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
                 for way, network in trained.items():
                     times[way].append(network.step())
             plain = plain or 1e3 * statistics.median(times["plain"][1:])
-            for way in ("under way", "over"):
+            for way in ("annealing", "annealed"):
                 pairs = zip(times["plain"][1:], times[way][1:], strict=True)
                 ratios.append(f"{statistics.median(b / a for a, b in pairs):.2f}")
         print(f"| {', '.join(map(str, size))} | {plain:.0f} | {' | '.join(ratios)} |", flush=True)

@@ -198,7 +198,7 @@ def main():
     if options.device.type == "cuda":
         name = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {name}, float32\n")
-    header = ["task", "plain", *WAYS, *OTHERS]
+    header = ["task", "plain, circular", *WAYS, *OTHERS]
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
     for task, make in (QUICK if options.quick else TASKS).items():
         print("| " + " | ".join([task, *row(make, options.device, options.rounds)]) + " |", flush=True)
