@@ -65,7 +65,7 @@ def count(name: str, value: Any) -> int:
     """
     number = integer(name, value)
     if number < 1:
-        raise ValueError(f"{name} should be positive. Found {value!r}")
+        raise ValueError(f"{name} should be a positive integer. Found {value!r}")
     return number
 
 
@@ -82,6 +82,6 @@ def per_axis(name: str, value: Any, axes: int | None = None) -> Size:
     except TypeError:
         raise TypeError(f"{name} should be an integer, or a tuple of them. Found {value!r}") from None
     if not numbers or min(numbers) < 1 or (axes is not None and len(numbers) != axes):
-        of_each = "" if axes is None else f", one for each of the kernel's {axes} axes"
-        raise ValueError(f"{name} should be positive{of_each}. Found {value!r}")
+        several = "a tuple of them" if axes is None else f"one for each of the kernel's {axes} axes"
+        raise ValueError(f"{name} should be a positive integer, or {several}. Found {value!r}")
     return numbers

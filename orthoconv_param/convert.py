@@ -44,10 +44,10 @@ def orthogonal(
 
         norm(module(x) - bias) == norm(x)
 
-    for every image ``x``, if the module gives at least as many numbers as it takes; if it gives fewer, its
-    adjoint has this property. All its singular values are 1 then. The module stays the same object, and is
-    trained as before: its weight is parametrized. Kernel size, stride, groups and dilation may be any, real
-    or complex, transposed or not.
+    for every image ``x``, if the output has at least as many numbers as the input; if it has fewer, the
+    operator's adjoint has this property. All singular values of the operator are then 1. The module stays
+    the same object and is trained as before: its weight is parametrized. It may be real or complex,
+    transposed or not, of any kernel size, stride, groups and dilation.
 
     **The boundary** decides what happens at the image's edges.
 
@@ -55,84 +55,83 @@ def orthogonal(
     - ``"walls"``: nothing leaves the image. The operator is orthogonal on the image itself, at every size,
       one pixel included. It is made of zero-padded convolutions.
     - ``"zeros"``: the image is continued by zeros. That is **not orthogonal**: it never expands (singular
-      values at most 1), and loses what crosses the image's edge. Of 16 channels on 16x16 images, 1, 10 and
-      100 steps leave 0.95, 0.70 and 0.11 of the norm of a state with ``domain=16``, and 0.99, 0.95 and 0.65
-      with ``domain="any"``. The smallest singular values are 0.001 and 0.9.
+      values at most 1), and loses what crosses the image's edge. For example (16 channels, 16x16 images),
+      100 steps leave a tenth of a state's norm with ``domain=16`` (smallest singular value 0.001), and two
+      thirds with ``domain="any"`` (0.9).
 
     **The method** decides which kernels are reached, and what they cost.
 
-    - ``"exponential"``, by `ConvExponential`: the kernel is the exponential of a convolution, and has more
-      taps than that. A 3x3 weight of ``m`` channels has ``4.5 m^2`` degrees of freedom. **Between walls**
-      the operator is ``exp(T)``, with ``T`` the zero-padded convolution with the weight's skew part. It is
-      no convolution, so there is no kernel: ``module.weight`` is the generator, in the weight's own shape,
-      and whatever is assigned to it, up to norms of 150, gives an orthogonal operator. It is applied by its
-      Chebyshev series, one convolution for each term: 7 in single precision at torch's initial values.
-    - ``"split"``, by `SplitExponential`: a product of exponentials that end. The kernel keeps its ``k x k``
-      taps, and costs little more than the plain one, but has about ``1.5 m^2`` degrees of freedom. A
-      periodic module stays of torch's own class.
+    - ``"exponential"``, by `ConvExponential`: the kernel is the exponential of the skew part of a trained
+      kernel, the *generator*, and has more taps. A 3x3 weight of ``m`` channels has ``4.5 m^2`` degrees of
+      freedom. **Between walls** the operator is ``exp(T)``, with ``T`` the zero-padded convolution with the
+      weight's skew part. It is no convolution and has no kernel: ``module.weight`` is the generator, of the
+      weight's shape. Any value whose skew part has a spectral norm up to 150 gives an orthogonal operator.
+      It is applied by its Chebyshev series, one convolution per term: 7 in single precision at torch's
+      initial values.
+    - ``"split"``, by `SplitExponential`: the kernel is a product of exponentials with finitely many taps.
+      It keeps its ``k x k`` taps, and costs little more than the plain one, but has about ``1.5 m^2``
+      degrees of freedom. A periodic module that is not transposed stays of torch's own class.
 
     Args:
         module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps
             the size (divided by the stride).
         name: of the kernel.
         method: ``"exponential"`` or ``"split"``.
-        domain: ``"any"``: images of every size, several in turn too. That is what split kernels take. For
-            the exponential the weight then *is* the generator, and the kernel has as many taps as its
-            exponential needs in the weight's dtype. For stride 1 and as many output as input channels, the
-            operator is the exponential of the skew part of what it was. A size: only images of that size
-            (of a transposed convolution: outputs). It starts at the orthogonal operator nearest to the
-            periodic one that the weight was before.
-        boundary: ``"circular"``, ``"zeros"`` or ``"walls"``. Default: ``"circular"``, for modules whose
-            padding mode is ``"circular"`` or ``"zeros"``; one that mirrors or repeats the image's edge has
-            to be told.
+        domain: ``"any"``: images of every size; split kernels accept nothing else. With the exponential the
+            present weight then becomes the generator, and ``tol`` sets how many taps the kernel has. With
+            stride 1 and equal channels the module starts at the exponential of its former operator's skew
+            part (circular; between walls: zero-padded). A size: only images of that size (transposed:
+            outputs). The module starts at the orthogonal operator nearest to its circular one.
+        boundary: ``"circular"``, ``"zeros"`` or ``"walls"``. Default: ``"circular"`` if the padding mode is
+            ``"circular"`` or ``"zeros"``; for ``"reflect"`` and ``"replicate"`` it must be given.
         triv: ``"expm"``, ``"cayley"`` or a callable, as of `ConvExponential` and `SplitExponential`.
-        base: likewise. Default: True with a given size and for split kernels, else False. Between walls the
-            exponential takes True too: an orthogonal matrix then acts on the channels of each pixel
-            besides. It is the one nearest to the convolution that the weight was, where the module starts.
-        tol: of the exponential with ``"any"``, not between walls: bound on the operator's defect, as of
-            `ConvExponential`. Default: 1e-6, in double precision 1e-12, in half precision 1e-4.
+        base: as of `ConvExponential` and `SplitExponential`. Default: True with a given size and for split
+            kernels, else False. True with the exponential between walls: an orthogonal matrix acts on each
+            pixel's channels too; the module starts as the one nearest to its former weight.
+        tol: bound on the defect, ``max |singular value - 1|``. Only with the exponential and ``"any"``, not
+            between walls. Default: 1e-6, in double precision 1e-12, in half precision 1e-4.
 
     Returns:
-        ``module``, with ``module.parametrizations.weight``. ``module.weight`` is the kernel: ``K`` x ``K``
-        or of the size of the domain, split ``k`` x ``k`` (between walls an even ``k`` becomes ``k - 1``);
-        or between walls the generator of the exponential. (One that sees no wall, as of a single tap, has a
-        kernel there too.) A split kernel starts near what the weight was. ``kernel_size``, ``padding``,
-        ``padding_mode`` and ``dilation`` are those of the operator.
+        ``module``, parametrized. ``module.weight`` is the kernel. Its taps are: split, ``k x k`` (between
+        walls with stride 1 an even ``k`` becomes ``k - 1``); exponential, as many as ``tol`` needs with
+        ``"any"``, else the domain's (``"zeros"``: more). Exception: with the exponential between walls it
+        is the generator, unless no tap reaches over an edge, as with a single one. A split kernel starts
+        near the former weight. ``kernel_size``, ``padding``, ``padding_mode`` and ``dilation`` are those of
+        the operator.
 
     Raises:
         TypeError: if ``module`` is no convolution, or an argument is not of its kind.
         ValueError: if the convolution does not keep the size; if its padding mode is ``"reflect"`` or
-            ``"replicate"`` and no boundary is given; if the domain is smaller than the kernel, or
-            not divisible by the stride; if no semi-orthogonal operator of that stride and dilation
-            exists; if there are no split kernels of the geometry (one channel in a group; patches that a
-            wall cuts); if the weight is not finite, or parametrized already; between walls, if ``triv``
-            does not act on eigenvalues; if there is a ``tol`` where nothing is truncated by it. Nothing is
-            changed then.
-            On use: if an image is not of the domain's size, or not divisible by the stride (where the
-            module stays of torch's own class that is not checked, and such an image is cut); with
-            ``"any"``, if training takes the generator's norm to where no kernel of 1025 taps, or between
-            walls no series of 200 terms, holds it.
+            ``"replicate"`` and no boundary is given; if the domain is smaller than the kernel, or not
+            divisible by the stride; if no semi-orthogonal operator of that stride and dilation exists; if
+            the geometry has no split kernel (one channel in a group; between walls, a stride with dilation,
+            or with a padding by which patches cross the edge); if the weight is not finite, or parametrized
+            already; between walls, if ``triv`` is no smooth matrix function; if ``tol`` has no use. The
+            module is then unchanged.
+            When called: if an image is not of the domain's size or not divisible by the stride (torch's own
+            class does not check that); with ``"any"``, if the spectral norm of the generator's skew part
+            has become too large. With ``"expm"`` that is above about 400 (a kernel of degree 511), between
+            walls above about 150 (200 terms).
 
-    ``parametrize.cached()`` makes a loop compute the exponential, and the kernel's transform, once.
-    ``parametrize.remove_parametrizations(module, "weight")`` leaves a module that computes the same: one of
-    torch's own classes, if torch can compute it at the sizes that the module has been called with. Between
-    walls it is a module of its own, since nothing may be folded into its weight: of a split kernel with two
-    parameters, ``weight`` and ``edges``; of the exponential with the generator, so that it stays orthogonal
-    whatever its weight becomes. Make a new optimizer then, and after the call with ``method="split"``: the
-    free parameter has another shape than the weight.
+    Within ``parametrize.cached()`` a loop computes the exponential, and the kernel's transform, once.
+    ``parametrize.remove_parametrizations(module, "weight")`` leaves a module that computes the same, of
+    torch's own class if that can, at the sizes that it has been called with. Between walls it is another
+    class, into whose weight nothing may be folded. From a split kernel it has the parameters ``weight`` and
+    ``edges``; from the exponential, the generator as ``weight``, and stays orthogonal whatever that
+    becomes. After removal, and after ``orthogonal(..., method="split")``, make a new optimizer: the
+    parameter's shape changes.
 
-    With the exponential and ``"any"`` the kernel's size follows the generator's norm, as between walls the
-    number of terms. Under ``torch.compile`` and ``vmap`` it cannot, and stays what the last ordinary call
-    made it: call the module once in a while outside of them during training, or the defect grows, between
-    walls exponentially with the norm.
+    With the exponential and ``"any"``, the kernel's size (between walls: the number of terms) follows the
+    generator's norm, but not under ``torch.compile`` and ``vmap``. So during training call the module now
+    and then outside of these. Otherwise the defect grows, between walls exponentially with the norm.
 
-    Cost: that of the parametrization, and of the exponential, for each image of ``N`` points, the
-    transforms of its channels and ``2 N`` real multiplications for each pair of channels; where a direct
-    convolution costs less, it is used; or where even that does, as with few images of many channels, the
-    series. A split kernel is convolved as a plain one; between walls, 3x3 kernels take 5 products of
-    ``m x m`` matrices a pixel, where the convolution takes 9. The exponential takes a convolution for each
-    term there, ``4 terms - 1`` forward and backward where a plain layer takes 3. It keeps three images
-    besides its input.
+    Cost: the parametrization's. With ``"exponential"`` also, for each image of ``N`` points, the Fourier
+    transforms of its channels and ``2 N`` real multiplications per pair of channels. If that is cheaper,
+    the kernel is convolved directly, or (few images, many channels) the exponential is applied by its
+    series, without a kernel. A split kernel costs a plain convolution; between walls, with 3x3 taps, 5
+    products of ``m x m`` matrices a pixel instead of 9. Between walls the exponential costs a convolution
+    per term: ``4 terms - 1`` with the backward pass, where a plain layer costs 3. For the backward pass it
+    stores up to three images besides its input.
 
     Example:
         >>> import torch
@@ -160,7 +159,7 @@ def orthogonal(
         where = (
             'with method="split", whose kernels are exact'
             if method == "split"
-            else ("between walls, where a term more costs little")
+            else "between walls, where precision is always full"
         )
         raise ValueError(f"tol should be None {where}. Found {tol!r}")
     if method == "split":
@@ -185,7 +184,7 @@ def _between_walls(
     check_module(module, name)
     if domain != "any":
         raise ValueError(
-            f'domain should be "any" between walls, which are those of every image. Found {domain!r}'
+            f'domain should be "any" between walls: all sizes are orthogonal there. Found {domain!r}'
         )
     whole = geometry_of(module)
     whole.check_existence(whole.size, whole.groups)
@@ -438,7 +437,7 @@ def _way_out(module: Any) -> str:
         return f": torch.nn.utils.parametrizations.orthogonal is made for nn.Linear. Found {name}"
     if isinstance(module, nn.Module) and any(isinstance(m, CONVOLUTIONS) for m in module.modules()):
         return (
-            ". Of a container each convolution is converted by itself, in a loop over its modules(), or "
-            f"all by retrofit(container, example, anneal=False). Found {name}"
+            ". In a container convert each convolution in a loop over modules(), or all by "
+            f"retrofit(container, example, anneal=False). Found {name}"
         )
     return f". Found {name}"

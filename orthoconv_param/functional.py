@@ -42,9 +42,9 @@ def conv_exp(
     where ``matrix(k)`` is the dense matrix of the operator on the domain.
 
     Args:
-        kernel: ``(channels, channels/groups, *taps)``; with a ``stride``, one that gives as many channels
-            as it takes polyphase components. Any floating or complex dtype.
-        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
+        kernel: ``(channels, channels/groups, *taps)``; with a stride ``s`` on ``d`` axes,
+            ``(in * s^d, in/groups, *taps)``. Any floating or complex dtype.
+        domain: size of the periodic images: for each axis, or one for all, or None: the kernel's own taps.
         stride: of the convolution.
         groups: of the convolution.
 
@@ -79,7 +79,7 @@ def conv_log(
 
     Args:
         kernel: ``(channels, channels/groups, *taps)``, orthogonal on the domain.
-        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
+        domain: size of the periodic images: for each axis, or one for all, or None: the kernel's own taps.
         stride: of the convolution.
         groups: of the convolution.
 
@@ -97,7 +97,7 @@ def conv_log(
 
     def log(spectrum: Tensor, lattice: Lattice) -> Tensor:
         if not unitary.semi_orthogonal(spectrum, 1e-4):
-            raise InManifoldError(kernel, f"the orthogonal convolutions on {lattice.domain}")
+            raise InManifoldError(kernel, f"the convolutions orthogonal to 1e-4 on {lattice.domain}")
         try:
             return lattice.choose(unitary.log_unitary, spectrum)
         except ValueError as error:
@@ -113,7 +113,7 @@ def skew(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1) -
 
     Args:
         kernel: ``(channels, channels/groups, *taps)``.
-        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
+        domain: size of the periodic images: for each axis, or one for all, or None: the kernel's own taps.
         groups: of the convolution.
 
     Returns:
@@ -127,7 +127,7 @@ def adjoint(kernel: Tensor, domain: int | Size | None = None, *, groups: int = 1
 
     Args:
         kernel: ``(out, in/groups, *taps)``.
-        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
+        domain: size of the periodic images: for each axis, or one for all, or None: the kernel's own taps.
         groups: of the convolution.
 
     Returns:
@@ -142,7 +142,7 @@ def compose(after: Tensor, before: Tensor, domain: int | Size | None = None, *, 
     Args:
         after: ``(out, mid/groups, *taps)``.
         before: ``(mid, in/groups, *taps)``, of the same dtype.
-        domain: the periodic grid: a size for each axis, or one for all; None, for the kernels' own taps,
+        domain: size of the periodic images: for each axis, or one for all; None, for the kernels' own taps,
             only if both have the same.
         groups: of both.
 
@@ -159,7 +159,7 @@ def compose(after: Tensor, before: Tensor, domain: int | Size | None = None, *, 
         )
     if after.shape[1] * groups != before.shape[0]:
         raise ValueError(
-            f"after should take the {before.shape[0]} channels that before gives. "
+            f"after should have as many input channels as before has output channels, {before.shape[0]}. "
             f"Found {after.shape[1] * groups}"
         )
     other = _lattice(before, domain, 1, groups).spectrum(before)
@@ -175,12 +175,12 @@ def identity(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return the kernel that leaves its input alone; where channels differ, its first columns or rows.
+    """Return the identity's kernel; where channels differ, the identity matrix's first columns or rows.
 
     Args:
         kernel_size: ``(out, in/groups, *taps)``.
-        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
-        stride: of the convolution. The identity then gives the input's polyphase components.
+        domain: size of the periodic images: for each axis, or one for all, or None: the kernel's own taps.
+        stride: of the convolution. Outputs are then the samples of a stride's cell.
         groups: of the convolution.
         dtype: of the result.
         device: of the result.
@@ -204,9 +204,9 @@ def nearest_orthogonal(
     the Frobenius distance of the operators on the domain.
 
     Args:
-        kernel: ``(out, in/groups, *taps)``. Where its matrices have no full rank, the nearest convolution
-            is not unique. The one returned is real for a real kernel, and depends on the kernel only.
-        domain: the periodic grid: a size for each axis, one for all, or None for the kernel's own taps.
+        kernel: ``(out, in/groups, *taps)``. Where its matrices are rank-deficient, the nearest convolution
+            is not unique. The one returned is real for a real kernel, and always the same.
+        domain: size of the periodic images: for each axis, or one for all, or None: the kernel's own taps.
         stride: of the convolution.
         groups: of the convolution.
 
@@ -247,12 +247,12 @@ def spectral_conv(
     dilation: int | Size = 1,
     transposed: bool = False,
 ) -> Tensor:
-    """Convolve images around the torus of their own size, through the Fourier transform.
+    """Convolve periodic images, through the Fourier transform.
 
         y[o, q] = sum over i and d of w[o, i, d] x[i, s q + r (d - c)],    c = (k - 1) // 2,
 
     with stride ``s``, dilation ``r`` and ``k`` taps. ``F.conv1d``, ``F.conv2d`` and ``F.conv3d`` compute
-    the same of an image that repeats; here kernels may have any size. With ``transposed`` it is the
+    the same on a circularly padded image; here kernels may have any size. With ``transposed`` it is the
     transpose of this operator, as of ``F.conv_transpose1d``, ``2d`` and ``3d``: for a real kernel, the
     adjoint.
 
@@ -306,13 +306,13 @@ def gate_blocks(
 ) -> list[tuple[slice, slice]]:
     """Return the hidden-to-hidden blocks of a recurrent cell's stacked weight, for `retrofit`.
 
-    The weight is of size ``(gates * hidden, inputs + hidden, *taps)``. It gives one gate after another.
-    Each gate reads the input's channels and the state's. `recurrent_blocks` finds the blocks of a model.
+    The weight is of size ``(gates * hidden, inputs + hidden, *taps)``: the gates are stacked along its
+    output channels. Each reads input and state. `recurrent_blocks` finds the blocks of a model.
 
     Args:
         hidden: channels of the state.
-        gates: how many are stacked: 4 for a ConvLSTM; for a ConvGRU 3, or 2 and 1 where the candidate has
-            a convolution of its own.
+        gates: how many are stacked: 4 for a ConvLSTM, 3 for a ConvGRU. (Two calls, of 2 and 1, if its
+            candidate is separate.)
         inputs: channels of the input; 0 for a convolution of the state alone.
         order: ``"xh"`` if the input's channels come before the state's, as in ``torch.cat([x, h], 1)``;
             ``"hx"`` if after.
@@ -321,7 +321,8 @@ def gate_blocks(
         A pair of slices ``(out, in)`` for each gate.
 
     Raises:
-        TypeError, ValueError: if these are not numbers of channels, or the order is another one.
+        TypeError, ValueError: if a count is no positive integer (``inputs``: nor 0), or the order is
+            neither ``"xh"`` nor ``"hx"``.
 
     Example:
         >>> from orthoconv_param import functional
@@ -358,8 +359,8 @@ def _apply(
     rows, columns = lattice.blocks(kernel.shape)
     if square and rows != columns:
         raise ValueError(
-            f"kernel should take as many channels, times the stride's phases, as it gives, in each group. "
-            f"Found {columns} and {rows}"
+            "kernel should have out/groups = in/groups * prod(stride), to be square. "
+            f"Found {rows} and {columns}"
         )
     spectrum = lattice.spectrum(at_least_single(kernel))
     result = function(spectrum, lattice) if with_lattice else function(spectrum)

@@ -245,21 +245,20 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         with frozen(model):
             outputs = [model(x) for x in batches]
 
-    The parameters that this package's parametrizations have in ``model`` are constants there, in this
-    thread: they get no gradients, with or without `torch.no_grad`, and nor does what stands for them in
-    `torch.func.functional_call`. Images and all other parameters do. Outputs are the same as outside of the
-    block, to rounding.
+    Within the block, in this thread, the parameters of this package's parametrizations are constants:
+    neither they, nor what `torch.func.functional_call` puts in their place, get gradients. Inputs and all
+    other parameters do. Outputs are the same as outside of the block, to rounding.
 
-    A change within the block is noticed, and the kernel computed again: of the parameters, by an optimizer,
-    ``load_state_dict``, assignment, `set_orthogonality` or in place; of what is registered, and of its
-    training mode. On the CPU values are compared, so that no change of a parameter goes unnoticed. On other
-    devices that would wait, and two kinds are not noticed: writes through ``.data``, and parameters that
-    FSDP gathers again after a step. Nowhere noticed is what a ``triv`` of your own keeps on itself. Leave
-    the block for these.
+    The kernel is computed again after a change within the block: of a parameter (by an optimizer,
+    ``load_state_dict``, assignment, `set_orthogonality` or in place), of the registered parametrizations,
+    or of their training mode. On the CPU values are compared, so that no change of a parameter goes
+    unnoticed. On other devices that would wait, and two kinds are not noticed: writes through ``.data``,
+    and parameters that FSDP gathers again after a step. Changes within your own ``triv`` are never noticed.
+    Leave the block for these.
 
-    What `torch.compile` compiles, `torch.func` transforms or `torch.utils.checkpoint` computes twice makes
-    kernels as outside of the block. For recurrent loops in training,
-    `torch.nn.utils.parametrize.cached` is the right one: it keeps the graph.
+    Code under `torch.compile`, `torch.func` transforms or `torch.utils.checkpoint` computes its kernels as
+    outside of the block. For recurrent loops in training, use `torch.nn.utils.parametrize.cached`: it keeps
+    the graph.
 
     Args:
         model: a model, or a single convolution. Blocks may be nested.

@@ -1,12 +1,14 @@
 """`OrthogonalKernels`: the orthogonal kernels on a domain as a manifold, for geoopt.
 
 A kernel is a point if its matrices ``Q(w)`` at the frequencies of the domain have orthonormal columns
-(rows, if they are wide). The metric is that of the operators, as dense matrices: with ``N`` coarse points,
+(rows, if they are wide). The metric is that of the operators, as dense matrices: with
+``N = prod(domain) / prod(stride)``,
 
     <U, V> = N Re sum conj(U) * V    for as many rows as columns,
 
-and for frames that of the shortest skew lifts ``A Q = V``, ``|A|^2 = |Q^H V|^2 + 2 |V - Q Q^H V|^2``, in
-which geodesics are ``exp(A) Q``. A batch of kernels is computed as the groups of one convolution.
+and for frames (rectangular ones) that of the shortest skew lifts ``A Q = V``,
+``|A|^2 = |Q^H V|^2 + 2 |V - Q Q^H V|^2``, in which geodesics are ``exp(A) Q``. A batch of kernels is
+computed as the groups of one convolution.
 
 The module needs geoopt, which is imported with it.
 """
@@ -40,11 +42,12 @@ _REVERSIBLE = ("expm", "cayley", "polar")  # maps with R(-A) = R(A)^-1
 class OrthogonalKernels(Manifold):
     """The manifold of kernels that are orthogonal (complex: unitary) on periodic images of a size.
 
-    A kernel is a point if ``Q(w)^H Q(w) = I`` at each frequency ``w`` of the domain, or ``Q Q^H = I`` if it
-    takes more channels than it gives. Points and tangent vectors are kernels
-    ``(..., out, in/groups, *domain)``, real or complex. ``functional`` returns and `ConvExponential` makes
-    such kernels, and ``functional.spectral_conv`` applies them. The axes before ``out`` are a batch.
-    Methods treat its kernels one by one, and batches broadcast.
+    A kernel is a point if its matrices have ``Q^H Q = I`` at each frequency of the domain (``Q Q^H = I`` if
+    they are wide). Rectangular ones are called frames. Points and tangent vectors are kernels
+    ``(..., out, in/groups, *domain)``, real or complex. `functional.nearest_orthogonal` and
+    `ConvExponential` make such kernels, ``functional.spectral_conv`` applies them. The axes before ``out``
+    are a batch. Methods treat its kernels one by one, and batches broadcast. Their formulas are those of
+    the matrices at each frequency (of wide ones: of the adjoints).
 
     Args:
         domain: a tuple, one size for each axis.
@@ -56,16 +59,15 @@ class OrthogonalKernels(Manifold):
     Raises:
         TypeError, ValueError: for arguments that are not as above.
 
-    The metric is that of the operators as dense matrices. Its gradient is ``1/N`` of the projected gradient
-    of the kernel, where ``N`` is the number of coarse points, the domain's over ``s^d``. So a learning rate
-    of ``N * lr`` in ``RiemannianSGD`` does what ``lr`` does in ``SGD``. ``RiemannianAdam`` moves by ``lr``,
-    in the metric.
+    The metric is that of the operators as dense matrices. Its gradient is ``1/N`` of the kernel's projected
+    gradient, where ``N = prod(domain) / prod(stride)``. So ``RiemannianSGD`` needs ``N`` times the learning
+    rate of ``SGD``. ``RiemannianAdam`` takes steps of length ``lr`` in the metric.
 
     geoopt's samplers accept the manifold if it is `reversible`; ``RHMC`` takes real kernels only. They
     measure momenta by the kernel's numbers, not by this metric. If ``log_prob`` is constant they draw
-    uniformly, from the component in which they start. Otherwise only two cases draw from ``exp(log_prob)``,
-    up to an error that vanishes with the step, both for real square matrices: ``RSGLD``, if it is given
-    ``log_prob / N``, and ``RHMC`` if ``N = 1``.
+    uniformly, from the component in which they start. Otherwise they draw from ``exp(log_prob)``, up to an
+    error that vanishes with the step, only for real square matrices, and only by ``RSGLD`` given
+    ``log_prob / N``, or by ``RHMC`` if ``N = 1``.
 
     Cost: for a step, the exponential (or another retraction's map) of ``m x m`` matrices,
     ``m = max(out, in)``, and the transforms of some ten kernels.
@@ -136,7 +138,7 @@ class OrthogonalKernels(Manifold):
         return ManifoldTensor(self._kernel(lattice, Q, like.shape, like.dtype), manifold=self)
 
     def origin(self, *size: int, dtype: Any = None, device: Any = None, seed: Any = None) -> Tensor:
-        """Return the identity's kernel; where channels differ, its first columns or rows.
+        """Return the identity's kernel; where channels differ, the identity matrix's first columns or rows.
 
         ``seed`` is not used.
         """
@@ -148,11 +150,11 @@ class OrthogonalKernels(Manifold):
     # Tangent vectors
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the tangent vector at ``x`` nearest to ``u``: ``u - Q sym(Q^H u)``."""
+        """Return the tangent vector at ``x`` nearest to ``u``: ``u - x sym(x^H u)``."""
         return self._of(lambda Q, U: U - Q @ _symmetric(Q.mH @ U), x, u)
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the gradient in the manifold's metric, ``(u - Q u^H Q) / 2N``, if ``u`` is torch's."""
+        """Return the gradient in the manifold's metric, ``(u - x u^H x) / 2N``, if ``u`` is torch's."""
         return self._of(lambda Q, U: (U - Q @ (U.mH @ Q)) / (2 * self._points), x, u)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
@@ -171,7 +173,7 @@ class OrthogonalKernels(Manifold):
         return self._points * lifted
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Return ``Q_y Q_x^H v`` for square matrices, an isometry; for frames, `proju` of ``v`` at ``y``.
+        """Return ``y x^H v`` for square matrices, an isometry; for frames, `proju` of ``v`` at ``y``.
 
         `retr_transp`, which knows the step from ``x`` to ``y``, is an isometry for frames too.
         """
@@ -184,19 +186,19 @@ class OrthogonalKernels(Manifold):
     # Curves
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the point ``R(A) Q``, ``A Q = u``, of the retraction that was chosen."""
+        """Return ``R(A) x`` with the chosen retraction ``R``, and the least skew ``A`` with ``A x = u``."""
         return self._of(lambda Q, U: maps.retract(self.retraction, Q, U), x, u)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the geodesic ``exp(A) Q`` from ``x`` with velocity ``u``, at time 1."""
+        """Return the geodesic ``exp(A) x`` from ``x`` with velocity ``u = A x``, at time 1."""
         return self._of(lambda Q, U: maps.retract("expm", Q, U), x, u)
 
     def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the point ``R(A) Q`` of `retr`, and ``v`` turned likewise, ``R(A) v``: an isometry."""
+        """Return the point ``R(A) x`` of `retr`, and ``v`` transported isometrically: ``R(A) v``."""
         return self._turned(self.retraction, x, u, v)
 
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the point ``exp(A) Q`` of `expmap`, and ``v`` turned likewise, ``exp(A) v``."""
+        """Return the point ``exp(A) x`` of `expmap`, and ``v`` transported isometrically: ``exp(A) v``."""
         return self._turned("expm", x, u, v)
 
     def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ class OrthogonalKernels(Manifold):
         return value + slope - slope.detach()
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Return the length of `logmap`'s geodesic; ``|log(Q_x^H Q_y)|`` of the dense matrices, if square.
+        """Return the length of `logmap`'s geodesic; ``|log(x^H y)|`` of the dense matrices, if square.
 
         Its gradient is that of ``dist2`` over ``2 dist``, and 0 at distance 0.
 
@@ -286,9 +288,9 @@ class OrthogonalKernels(Manifold):
         ok = len(shape) >= self.ndim and tuple(shape[2 - self.ndim :]) == self.domain and 0 not in shape
         if ok and shape[-self.ndim] % self.groups == 0:
             return True, None
-        groups = f", out divisible by {self.groups}" if self.groups > 1 else ""
-        expected = f"(out, in/groups, *{self.domain}){groups}, or have batch axes before these"
-        return False, f"`{name}` should be {expected}. Found {tuple(shape)}"
+        groups = f" with out divisible by {self.groups}" if self.groups > 1 else ""
+        expected = f"(..., out, in/groups, {', '.join(map(str, self.domain))}){groups}"
+        return False, f"`{name}` should have shape {expected}. Found {tuple(shape)}"
 
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5

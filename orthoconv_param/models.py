@@ -31,7 +31,7 @@ Select: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
 def generators(model: nn.Module) -> list[nn.Parameter]:
-    """Return the free parameters of a model's orthogonal convolutions, for an optimizer's own group.
+    """Return the generators, the free parameters, of orthogonal convolutions, as a parameter group.
 
     Args:
         model: any module.
@@ -254,7 +254,7 @@ _NORMALISATIONS = {
 class Uses(TorchFunctionMode):
     """Records which functions use the weights of convolutions outside of the convolutions' own calls.
 
-    And which normalise what a convolution gives, at once.
+    And which normalisations directly follow a convolution.
     """
 
     def __init__(self, convolutions: Iterable[Any]) -> None:
@@ -336,7 +336,7 @@ def selected(model: nn.Module, select: Select | None) -> dict[str, Any]:
             names += _matching(model, pattern, convolutions, "select")
     if not names:
         raise ValueError(
-            f"select should leave at least one of the convolutions {[*convolutions]}. Found none"
+            f"select should match at least one of the convolutions {[*convolutions]}. Found none"
         )
     once = {convolutions[name]: name for name in reversed(names)}
     return {name: module for name, module in convolutions.items() if once.get(module) == name}

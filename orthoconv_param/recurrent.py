@@ -1,4 +1,4 @@
-"""Recurrent blocks: which channels a convolution reads that carry what it gave before.
+"""Recurrent blocks: which input channels of a convolution carry its own earlier output.
 
 The graph of a model's run is cut at the output of each convolution and linear layer. What is between the
 cuts, as gates and sums, carries a state; a state that goes through another layer is that layer's. So a
@@ -27,31 +27,31 @@ _CUT = (*CONVOLUTIONS, nn.Linear)
 def recurrent_blocks(
     model: nn.Module, example_inputs: Any, *, rectangular: bool = False
 ) -> dict[str, list[Block]]:
-    """Find the blocks of a recurrent model's weights that take a state to a state.
+    """Find the blocks of a recurrent model's weights that map a state to a state.
 
-    The model is run on the example. A channel that a convolution reads is its state if it carries what the
-    convolution itself gave in an earlier step, by gates, sums, normalisations and the like, not through
-    another convolution or linear layer. A convolution that reads the state of another one, and acts on it
-    only, as a reset gate, has this state too.
+    The model is run on the example. An input channel of a convolution is its state if the convolution's own
+    earlier output reaches it through gates, sums, normalisations and the like, but no other convolution or
+    linear layer. A convolution that only reads another one's state and acts on that, as a reset gate, has
+    this state too.
 
     Args:
         model: any module, whose call runs through two steps of time or more.
         example_inputs: as of `retrofit`.
-        rectangular: whether blocks are given too that read several states, as ``2h -> h``. They become
-            frames: ``Q Q^T = 1``. Default: a warning names them, with others that are left alone: channels
-            of a state that do not follow one another, gates that are interleaved, and groups.
+        rectangular: True to return blocks that read several states too, as ``2h -> h``. Their rows become
+            orthonormal, ``Q Q^T = 1``. False: a warning names them, and others that are never returned:
+            non-contiguous states, interleaved gates, most grouped convolutions.
 
     Returns:
         For each convolution with a state its blocks, pairs of slices ``(out, in)`` of its weight's first
         two axes, one for each gate: to look at, to edit, and for ``retrofit(..., blocks=...)``. A
-        convolution that reads a state alone, and gives as many channels, has one block, all of it.
+        convolution that reads only a state, and has as many output channels, has one block, all of it.
 
     Raises:
-        TypeError, ValueError: if the example runs no convolution twice, or does not compute the same when
-            it is run again, or what is not finite.
+        TypeError, ValueError: if no convolution is called twice, if a second run gives other values, or if
+            values are not finite.
 
-    Cost: a call of the model; two others, for each convolution that is called twice or more one, and for
-    each with a state one or two and one for each gate, in which no convolution is computed.
+    Cost: one call of the model, and runs that compute no convolution: two; one more for each convolution
+    that is called repeatedly; for each with a state, one per gate and one or two more.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def recurrent_blocks(
             found[name] = blocks
         elif why is not None:
             taken = f"{len(channels)} -> {module.out_channels} channels"
-            way = ": rectangular=True takes them as frames" if blocks else ""
+            way = ": rectangular=True returns them" if blocks else ""
             left.append(f"{name or 'the model'}, {taken}, {why}{way}")
     if left:
         warnings.warn(f"blocks that read a state are left alone: {'; '.join(left)}", stacklevel=2)
@@ -144,9 +144,9 @@ def check_states(model: nn.Module, example_inputs: Any, blocks: Mapping[str, lis
         state = states.channels.get(module, [])
         if taken - set(state):
             warnings.warn(
-                f"blocks of {name or 'the model'!r} read channels {_ranges(taken - set(state))}, which are "
-                "no state: they do not carry what it gave before. Its state is "
-                f"{_ranges(state) or 'nowhere'}. See recurrent_blocks, and the order of gate_blocks",
+                f"blocks of {name or 'the model'!r} read input channels {_ranges(taken - set(state))}, "
+                "which do not carry its earlier output. Those that do: "
+                f"{_ranges(state) or 'none'}. See recurrent_blocks, and the order of gate_blocks",
                 stacklevel=3,
             )
 
@@ -183,14 +183,14 @@ class States:
         """Run a model; return None if no convolution is called twice.
 
         Raises:
-            ValueError: if it does not compute the same when it is run again, or not what is finite.
+            ValueError: if a second run gives other values, or if values are not finite.
         """
         runs = _Runs(model, example_inputs)
         for module, outputs in runs.first.outputs.items():
             if any(not y.numel() for y in outputs) or not all(bool(y.isfinite().all()) for y in outputs):
                 raise ValueError(
-                    "example_inputs and weights should be finite, and the batch not empty. Found others in "
-                    f"what a {type(module).__name__} gives"
+                    "example_inputs and weights should be finite, and the batch not empty. Found otherwise "
+                    f"in the output of a {type(module).__name__}"
                 )
         convolutions = {
             name: module
@@ -201,9 +201,9 @@ class States:
             return None
         if runs.again().changed_from(runs.first):
             raise ValueError(
-                "the model should compute the same when it is run again in evaluation mode, so that its "
-                "states can be found. Found other values: it is random, or keeps a state where that is not "
-                "put back. Name the blocks instead"
+                "the model should give the same values when it is run again in evaluation mode, so that "
+                "its states can be found. Found others: it is random, or has a state that cannot be reset. "
+                "Name the blocks instead"
             )
         base = runs.shaken()
         changed = {module: runs.shaken(module).changed_from(base) for module in convolutions.values()}

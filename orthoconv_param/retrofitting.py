@@ -1,4 +1,4 @@
-"""`retrofit`: the convolutions of a trained model become orthogonal, at once or by degrees."""
+"""`retrofit`: the convolutions of a trained model become orthogonal, immediately or by degrees."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -37,97 +37,97 @@ def retrofit(
 
         model = retrofit(model, example_inputs, blocks="recurrent")
 
-    is all that a recurrent network takes: the blocks of its weights that take the state to the state are
-    found, and become orthogonal on images of every size, with the boundary that they have.
+    is all that a recurrent network needs: the blocks of its weights that map the state to the state are
+    found, and become orthogonal on images of every size, circular or between walls.
 
     The model computes the same as before at first. While it is trained, ``set_orthogonality(model, t)``
-    takes it from the pretrained operators ``W``, ``t = 0``, to orthogonal ones, ``t = 1``. At each ``t``
+    moves it from the pretrained operators ``W``, ``t = 0``, to orthogonal ones, ``t = 1``. At each ``t``
     the operator is
 
         (1 - t) W + t Q,
 
-    where ``Q`` is orthogonal and starts near ``W``. ``Q`` is trained, and ``W`` is not: what learns at
-    first is the rest of the model. With ``anneal=False`` the model starts at ``Q``. That destroys much of
-    what it has learned.
+    where ``Q`` is orthogonal and starts near ``W``. ``Q`` is trained, and ``W`` is not: near ``t = 0``
+    mostly the rest of the model learns. With ``anneal=False`` the model starts at ``Q``. That destroys much
+    of what it has learned.
 
     Args:
         model: any module. Its convolutions' paddings should keep the size.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of
             keyword arguments. (A tuple or list that its forward cannot take as arguments is its only
-            argument.) The model is called in evaluation mode, without gradients. Afterwards all of it, what
-            it keeps on itself too, and the random numbers are as before.
+            argument.) The model is called in evaluation mode, without gradients. Afterwards it, states that
+            it stores on itself, and random generators are as before.
         select: which convolutions: names as in ``model.named_modules()``, with ``*`` and ``?``, or a
             function of ``(name, module)``. Default: those that ``blocks`` name, or all.
         blocks: the blocks of weights that are to be orthogonal; the rest of a weight stays free.
-            ``"recurrent"``: those that `recurrent_blocks` finds; convolutions that are orthogonal already
-            are left alone, unless ``select`` names them. Or a dict from names of convolutions, with
-            ``*`` and ``?``, to pairs of slices ``(out, in)`` of the weight's first two axes, all alike.
-            `functional.gate_blocks` gives those of a cell. Those that read channels which are no state are
-            made all the same, with a warning, if the example shows it. Default: whole weights.
+            ``"recurrent"``: those that `recurrent_blocks` finds, except in convolutions that are orthogonal
+            already, unless ``select`` names them. Or a dict from names, with ``*`` and ``?``, to lists of
+            pairs of slices ``(out, in)`` of the weight's first two axes, all of one size.
+            `functional.gate_blocks` gives those of a cell. Blocks that read channels without state are made
+            too, with a warning if the example shows it. Default: whole weights.
         method: ``"split"``: one ``k x k`` convolution at every ``t``, with its edges mended between walls.
-            Or ``"exponential"``: more freedom, and a convolution for each of 7 or more terms between walls;
-            else on images of the example's size only. See `orthogonal`. One channel in a group takes the
-            exponential.
+            Or ``"exponential"``: more freedom; between walls 7 or more convolutions, otherwise only images
+            of the example's size. See `orthogonal`. Used for one channel per group with either method.
         boundary: ``"circular"``, ``"zeros"`` or ``"walls"``. Default: circular convolutions stay circular,
-            and zero-padded ones get walls, which changes nothing at ``t = 0``. A circular boundary for
-            zero-padded ones does, and walls or zeros for circular ones. See `orthogonal`: between
-            ``"zeros"`` they never become orthogonal.
+            zero-padded ones get walls. That changes nothing at ``t = 0``, whereas turning zero padding
+            circular, or circular padding into walls or zeros, does. With ``"zeros"`` they never become
+            orthogonal: see `orthogonal`.
         anneal: True to start from the pretrained operators themselves, False from ``Q``.
-        replace: whether what ``spectral_norm`` or ``weight_norm``, old or new, make of a selected weight is
-            taken as its value, and they are removed.
+        replace: True to remove ``spectral_norm`` and ``weight_norm``, old or new, from selected weights,
+            which keep their values of evaluation mode.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError, ValueError: if something is selected that is no convolution, or that `orthogonal`
-            refuses; if the example does not reach a convolution; if a padding mirrors or repeats the
-            image's edge and no boundary is given; if a weight is shared with another module of ``model``,
-            used outside of its convolution's call, or computed by a norm without ``replace``; if ``blocks``
-            are not as above, or none are found. The message names each of these convolutions, and the model
-            is as before. (Sharing is seen only within ``model``: pass the whole model, and ``select``.)
+        TypeError, ValueError: if something is selected that is no convolution, or that `orthogonal` does
+            not accept; if the example does not reach a convolution; if a padding mode is ``"reflect"`` or
+            ``"replicate"`` and no boundary is given; if a weight is shared with another module of
+            ``model``, used outside of its convolution's call, or computed by a norm without ``replace``; if
+            ``blocks`` are not as above, or none are found. The message names each of these convolutions,
+            and the model is as before. (Sharing is seen only within ``model``: pass the whole model, and
+            ``select``.)
 
     Warns:
-        UserWarning: where a normalisation takes what a convolution with blocks gives, at once: it rescales
-            what they keep. Of blocks that are left alone, see `recurrent_blocks`.
+        UserWarning: if a normalisation directly follows a convolution with blocks: it rescales the state
+            that they should keep. And for blocks that `recurrent_blocks` leaves alone.
 
     **When it pays.** Where something is to be kept over many steps, and most from the beginning of
-    training: call it on the new model, with ``anneal=False``. A trained model that is fine-tuned on what it
-    does already gains little or nothing. See ``examples/README.md`` for what was measured.
+    training: call it on the new model, with ``anneal=False``. A trained model that is fine-tuned on its old
+    task gains little or nothing. See ``examples/README.md`` for what was measured.
 
-    **Circular exponentials**, ``method="exponential"`` with a circular boundary or zeros, have a better way
-    and one size of images. With the pretrained operator ``U S V^H`` at each frequency, the operator is
+    **Polar annealing.** ``method="exponential"`` with a circular boundary or zeros accepts images of one
+    size only, and follows a better path. If the pretrained operator is ``U S V^H`` at each frequency, the
+    operator at ``t`` is
 
         U exp(A) S^(1-t) V^H,
 
-    with ``A`` the generator's skew part, in the basis ``V``. Singular values of 0 count as ``eps`` times
-    the largest, and come up to 1 near ``t = 1`` only. A 1x1 convolution with a stride takes this way with
-    either method, and has such values, because it skips samples: better leave it out.
+    with ``A`` the generator's skew part, in the basis ``V``. Singular values of 0 are replaced by ``eps``
+    times the largest, and rise only near ``t = 1``. Strided 1x1 convolutions have such values, since they
+    skip samples, and follow this path with either method: better leave them out.
 
-    **Kernels are computed once** for each call of ``model``, by hooks on it. A loop that calls a part of
-    it itself, as a cell for each step, pays for them at each step, unless the loop is within
+    **Kernels are computed once** for each call of ``model``, by hooks on it. A loop that calls a part of it
+    itself, as a cell for each step, pays for them at each step, unless the loop is within
     ``torch.nn.utils.parametrize.cached()``; or call ``retrofit`` on a module whose forward is that loop.
-    Steps under ``torch.utils.checkpoint`` compute theirs each time. So do steps after a backward pass, or a
-    change of the parameters, within the call.
+    Kernels are computed again under ``torch.utils.checkpoint``, and after a backward pass or a change of
+    the parameters within the call.
 
     **Optimizers.** Make a new one. One that was made before, and does not hold the parameters that replace
     a weight, raises ``RuntimeError`` at its next step. (A whole weight that is exponentiated stays the same
-    parameter.) `generators` gives those that may want a learning rate of their own.
+    parameter.) `generators` returns those that may want a learning rate of their own.
 
     **Checkpoints.** A checkpoint of the retrofitted model holds ``t``, method, boundary and blocks, and
-    loads into a model that was retrofitted in the same way. One of the plain model loads too, or of the
-    model with norms. The model then starts from these weights, at ``t = 0``; or, once annealing has ended,
-    near them. Before ``t`` is 1, assigning another weight starts from it at ``t = 0`` too. Where the
-    exponential acts between walls, the weight is the generator in its blocks, and ``t`` stays.
-    `geotorch.utils.update_base` changes nothing that the model computes. A whole model is saved by
-    ``torch.save`` only after ``remove_parametrizations`` of all its convolutions.
+    loads into a model that was retrofitted in the same way. Checkpoints of the plain model, with or without
+    norms, load too: the model restarts from these weights at ``t = 0``, or near them once annealing has
+    ended. So does assigning a weight while ``t < 1``. (With the exponential between walls, assigning sets
+    the blocks' generator and leaves ``t``.) `geotorch.utils.update_base` changes nothing that the model
+    computes. A whole model is saved by ``torch.save`` only after ``remove_parametrizations`` of all its
+    convolutions.
 
     Cost: `recurrent_blocks`, if asked for; one call of the model; and for each split kernel a descent to
     one near the weight, a quarter of a second for 64 channels and 3x3 taps. A split model trains as fast as
     the plain one, but for its edges between walls: 1.2 to 1.4 times the time with 3x3 taps, from 64
-    channels or 32x32 images on.
-    Until annealing has ended the pretrained blocks are kept; then a split 3x3 kernel takes 0.7 times the
-    plain one's numbers, or less.
+    channels or 32x32 images on. Until annealing ends the pretrained blocks are stored. After it a split 3x3
+    kernel has at most 0.7 times the plain parameters.
 
     Example:
         >>> import torch
@@ -161,7 +161,7 @@ def retrofit(
                     if module in uses.found:
                         use = uses.found[module]
                         raise ValueError(
-                            f"its weight should only be used by its own call. Found it in {use}"
+                            f"its weight should only be used by its own call. Found another use, in {use}"
                         )
                     plans.append(way.plan(name, module, seen.get(module, []), stacked.get(name)))
                 except (TypeError, ValueError) as error:
@@ -189,7 +189,7 @@ def retrofit(
     if normalised:
         listed = ", ".join(f"{name or 'the model'} ({norm})" for name, norm in normalised.items())
         warnings.warn(
-            f"what these convolutions give is normalised at once, which rescales what they keep: {listed}",
+            f"a normalisation directly follows these convolutions, and rescales their state: {listed}",
             stacklevel=2,
         )
     return model
@@ -198,7 +198,7 @@ def retrofit(
 def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> None:
     """Move all convolutions that `retrofit` anneals between pretrained (0) and orthogonal (1).
 
-    Their operators become ``(1 - t) W + t Q``, or the way by polar factors: see `retrofit`. Generators, and
+    Their operators become ``(1 - t) W + t Q``, or ``U exp(A) S^(1-t) V^H``: see `retrofit`. Generators, and
     an optimizer's parameters, stay the same.
 
     Args:
@@ -273,8 +273,8 @@ def _chosen(
         }
         if not stacked:
             raise ValueError(
-                'blocks="recurrent" should find convolutions that read their own earlier output, by gates '
-                f"and sums. Found none among {[*chosen]}: name the blocks instead"
+                'blocks="recurrent" should find convolutions that read their own earlier output, through '
+                f"gates and sums. Found none among {[*chosen]}: name the blocks instead"
             )
     else:
         stacked = by_name(model, blocks, everything)
@@ -337,4 +337,4 @@ def _check_shared(model: nn.Module, module: Any) -> None:
         if parameter is not None and parameter is weight
     ]
     if others:
-        raise ValueError(f"its weight should be its own. It is {', '.join(others)} too")
+        raise ValueError(f"its weight should not be shared. Found it as {', '.join(others)} too")

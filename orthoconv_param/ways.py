@@ -68,8 +68,8 @@ class Way:
         """
         if not seen:
             raise ValueError(
-                "the example should reach it, by a call of the module, in evaluation mode too: images of "
-                "what size it takes is not known"
+                "the example should call this module, in evaluation mode too, so that the size of its "
+                "images is known. Found no call"
             )
         if module.weight.is_meta:
             raise ValueError("the weight should have values. Found a meta tensor")
@@ -108,7 +108,7 @@ class Way:
             found = ", ".join(map(str, seen))
             raise ValueError(
                 'its images should be of one size, the domain, or method be "split", or boundary "walls", '
-                f"which take every size. Found {found}"
+                f"which accept every size. Found {found}"
             )
         part = None if partition is None else partition.part
         for domain in seen:
@@ -168,7 +168,7 @@ def _check_padding(seen: list[Size], geometry: Geometry, edges: Boundary) -> Non
     for size in seen:
         if edges.is_periodic and any(side > n for side, n in zip(most, size, strict=True)):
             raise ValueError(
-                f"its images should be no smaller than its padding, since torch continues none further: "
-                f'use boundary="walls", which takes every size. Found images of {size} and a kernel of '
-                f"{taps} taps"
+                "its images should be at least as large as its padding, since torch's circular padding "
+                'wraps only once: use boundary="walls", which accepts every size. '
+                f"Found images of {size} and a kernel of {taps} taps"
             )

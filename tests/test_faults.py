@@ -1424,11 +1424,11 @@ def test_transferred_after_a_copy_the_source_stays():
 def test_a_stride_that_is_not_positive_is_named(cls, stride, domain):
     conv = cls(4, 4, 3, padding=1, stride=stride)
     before = type(conv), dict(vars(conv))
-    with pytest.raises(ValueError, match="stride should be positive"):
+    with pytest.raises(ValueError, match="stride should be a positive integer"):
         orthogonal(conv, domain=domain)
-    with pytest.raises(ValueError, match="stride should be positive"):
+    with pytest.raises(ValueError, match="stride should be a positive integer"):
         ConvExponential(domain, stride=stride)
-    with pytest.raises(ValueError, match="stride should be positive"):
+    with pytest.raises(ValueError, match="stride should be a positive integer"):
         singular_values(torch.randn(4, 4, 3, 3), 8, stride=stride)
     assert (type(conv), dict(vars(conv))) == before
 

@@ -288,7 +288,7 @@ def test_without_a_base_assigning_takes_the_logarithm(triv, dtype):
 
 def test_without_a_base_a_frame_is_refused():
     conv = nn.Conv2d(3, 5, 3)
-    with pytest.raises(ValueError, match="as many channels as it takes"):
+    with pytest.raises(ValueError, match="only square matrices have logarithms"):
         register_parametrization(conv, "weight", ConvExponential(base=False))
     assert not is_parametrized(conv)
 
@@ -396,9 +396,9 @@ def test_any_keeps_the_weight_as_the_generator():
     other = random(3, 3, 3, 3, seed=1)
     holder.weight = other
     close(holder.parametrizations.weight.original, pack(other))
-    with pytest.raises(ValueError, match="it is a generator, not the compact kernel"):
+    with pytest.raises(ValueError, match="should be assigned a generator"):
         holder.weight = holder.weight.detach()
-    with pytest.raises(ValueError, match="it is a generator"):
+    with pytest.raises(ValueError, match="Found the compact kernel that was read"):
         geotorch.utils.update_base(holder, "weight")
     with pytest.raises(ValueError, match="check_in_manifold"):
         parametrization.right_inverse(other, check_in_manifold=True)
@@ -425,7 +425,7 @@ def test_a_norm_that_no_compact_kernel_holds_is_an_error(factor):
     holder, _ = compact(2, (3,), 0.5, torch.float32)
     with torch.no_grad():
         holder.parametrizations.weight.original.mul_(factor)
-    with pytest.raises(ValueError, match="has no compact kernel"):
+    with pytest.raises(ValueError, match="no kernel of a degree up to 511 reaches"):
         _ = holder.weight
 
 
@@ -442,7 +442,7 @@ def test_every_norm_has_a_kernel_to_tol_or_an_error(triv, held):
         except ValueError as error:
             message = str(error)
         if message:
-            assert "has no compact kernel" in message
+            assert "no kernel of a degree up to 511 reaches" in message
             assert norm not in held
             assert torch.equal(conv.weight, before)
         else:
@@ -463,7 +463,7 @@ def test_huge_weights_have_no_compact_kernel(size):
     conv = nn.Conv1d(2, 2, 3)
     with torch.no_grad():
         conv.weight.fill_(0)[0, 1, 0] = size
-    with pytest.raises(ValueError, match="has no compact kernel"):
+    with pytest.raises(ValueError, match="no kernel of a degree up to 511 reaches"):
         register_parametrization(conv, "weight", ConvExponential("any"), unsafe=True)
     assert not is_parametrized(conv)
 
@@ -716,7 +716,7 @@ def test_before_registration_the_size_is_not_known():
         lambda: parametrization.in_manifold(torch.ones(2, 2, 3)),
         lambda: parametrization.taps,
     ):
-        with pytest.raises(RuntimeError, match="known once the parametrization is registered"):
+        with pytest.raises(RuntimeError, match="should be registered on a weight first"):
             call()
 
 
@@ -737,23 +737,23 @@ def test_repr_says_what_it_is():
     ("error", "options", "message"),
     [
         (ValueError, {"domain": "every"}, 'domain should be None, a size, or "any"'),
-        (ValueError, {"domain": 0}, "domain should be positive"),
+        (ValueError, {"domain": 0}, "domain should be a positive integer"),
         (TypeError, {"domain": 3.0}, "domain should be an integer"),
         (TypeError, {"stride": "2"}, "stride should be an integer"),
-        (ValueError, {"stride": 0}, "stride should be positive"),
+        (ValueError, {"stride": 0}, "stride should be a positive integer"),
         (TypeError, {"groups": 1.0}, "groups should be an integer"),
-        (ValueError, {"groups": -1}, "groups should be positive"),
+        (ValueError, {"groups": -1}, "groups should be a positive integer"),
         (TypeError, {"groups": (2,)}, "groups should be an integer"),
         (TypeError, {"base": torch.zeros(2)}, "base should be None, True or False"),
-        (ValueError, {"domain": "any", "tol": "small"}, "tol should be between"),
+        (ValueError, {"domain": "any", "tol": "small"}, "tol should be a float between"),
         (ValueError, {"triv": "exp"}, r"triv should be one of \['cayley', 'expm'\]"),
         (TypeError, {"triv": 1}, "triv should be one of"),
         (TypeError, {"base": "yes"}, "base should be None, True or False"),
         (ValueError, {"domain": "any", "base": True}, "base should be None or False"),
         (ValueError, {"domain": 8, "base": False}, "base should be None or True"),
-        (ValueError, {"triv": torch.matrix_exp, "base": False}, "inverse of triv"),
+        (ValueError, {"triv": torch.matrix_exp, "base": False}, "needs triv's inverse"),
         (ValueError, {"tol": 1e-5}, 'tol should be None unless domain="any"'),
-        (ValueError, {"domain": "any", "tol": 0.0}, "tol should be between"),
+        (ValueError, {"domain": "any", "tol": 0.0}, "tol should be a float between"),
     ],
 )
 def test_arguments_are_checked_when_given(error, options, message):
@@ -767,7 +767,7 @@ def test_arguments_are_checked_when_given(error, options, message):
         (ValueError, torch.ones(2, 2, 5, 5), {"domain": (8, 4)}, "at least the kernel's taps"),
         (ValueError, torch.ones(2, 2, 5, 5), {"domain": (8, 8, 8)}, "one for each"),
         (ValueError, torch.ones(2, 2, 3, 3), {"domain": 7, "stride": 2}, "divisible by the stride"),
-        (ValueError, torch.ones(2, 2, 3, 3), {"stride": 2}, "own grid"),
+        (ValueError, torch.ones(2, 2, 3, 3), {"stride": 2}, "own size"),
         (ValueError, torch.ones(4, 2, 3, 3), {"groups": 3}, "groups should divide"),
         (ValueError, torch.ones(4, 2, 3, 3), {"domain": "any", "groups": 3}, "groups should divide"),
         (ValueError, torch.ones(4, 2, 3, 3), {"domain": "any", "stride": (1, 1, 1)}, "one for each"),

@@ -94,7 +94,7 @@ def test_plot_spectrum_of_a_frame_has_singular_values_only(pyplot):
     assert plot_spectrum(conv, 8, axes=[first]) == (first,)
     strided = orthogonal(nn.Conv1d(2, 4, 3, padding=1, stride=2))
     assert plot_spectrum(strided, 8, axes=[second]) == (second,)
-    with pytest.raises(ValueError, match=r"axes should be 1\. Found 2"):
+    with pytest.raises(ValueError, match=r"axes should be a sequence of 1 matplotlib axes\. Found 2"):
         plot_spectrum(conv, 8, axes=[first, second])
     for conv in (nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3, padding=1, stride=2)):  # the size changes
         assert len(plot_spectrum(conv, 8)) == 1

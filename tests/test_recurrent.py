@@ -48,7 +48,7 @@ from orthoconv_param.torus.geometry import CONVOLUTIONS
 close = torch.testing.assert_close
 
 # of normalisations that follow; and torch's own, of circular padding with an even kernel
-pytestmark = pytest.mark.filterwarnings("ignore:what these convolutions give is normalised at once")
+pytestmark = pytest.mark.filterwarnings("ignore:a normalisation directly follows these convolutions")
 OFTEN = ("stacked [x, h]", "GRU, separate gates")
 WAYS = {
     "split": {},
@@ -120,10 +120,10 @@ def test_the_blocks_are_those_that_one_would_write(name, mode):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_rectangular_blocks_are_named_and_left_alone_or_taken_as_frames():
+def test_rectangular_blocks_are_named_and_left_alone_or_returned():
     torch.manual_seed(0)
     model = Warped("zeros")
-    words = r"flows, 4 -> 10 channels, not square: rect.*=True takes.*; ret, 20 -> 12 channels"
+    words = r"flows, 4 -> 10 channels, not square: rect.*=True returns them; ret, 20 -> 12 channels"
     with pytest.warns(UserWarning, match=words):
         assert recurrent_blocks(model, VIDEO) == {}
     with pytest.warns(UserWarning, match="left alone"), pytest.raises(ValueError, match="Found none"):
@@ -249,7 +249,7 @@ def test_what_computes_something_else_each_time_is_refused():
             return super().forward(video * len(calls))
 
     model = Drifts("zeros")
-    with pytest.raises(ValueError, match="compute the same"):
+    with pytest.raises(ValueError, match="give the same values"):
         recurrent_blocks(model, VIDEO)
     retrofit(model, VIDEO, blocks={"gates": gate_blocks(4, 4, 2)})  # which are not checked then
 
@@ -257,8 +257,8 @@ def test_what_computes_something_else_each_time_is_refused():
 @pytest.mark.parametrize(
     ("blocks", "words"),
     [
-        (gate_blocks(4, 4), r"read channels 0:2.*Its state is 2:6"),
-        (gate_blocks(2, 4), r"read channels 0:2"),
+        (gate_blocks(4, 4), r"read input channels 0:2.*Those that do: 2:6"),
+        (gate_blocks(2, 4), r"read input channels 0:2"),
     ],
 )
 def test_blocks_that_read_no_state_are_named(blocks, words):
@@ -923,11 +923,11 @@ def test_checkpoints_of_normed_models_load(norm):
 def test_a_normalisation_that_follows_at_once_is_told():
     torch.manual_seed(0)
     model = Pyramid("zeros")
-    with pytest.warns(UserWarning, match=r"normalised at once.*stages\.0\.conv\.0 \(group_norm\)"):
+    with pytest.warns(UserWarning, match=r"directly follows.*stages\.0\.conv\.0 \(group_norm\)"):
         retrofit(model, VIDEO[..., :4, :4], blocks="recurrent")
     text = str(report(model, VIDEO[..., :4, :4]))
-    assert "stages.0.conv.0 is normalised at once (group_norm)" in text
-    assert "down.0 is normalised" not in text
+    assert "stages.0.conv.0 is directly followed by group_norm, which" in text
+    assert "down.0 is directly followed" not in text
     model, example, _ = make("GRU")
     retrofit(model, example, blocks="recurrent")
     assert "normalised" not in str(report(model, example))

@@ -838,10 +838,15 @@ BLOCK = (slice(0, 1), slice(0, 1))
     ("make_model", "options", "error", "message"),
     [
         (Reshaping, {}, ValueError, r"b: its images should be of one size.*Found \(6, 4\), \(6, 3\)"),
-        (Unused, {}, ValueError, "unused: the example should reach it"),
-        (shared, {}, ValueError, r"0: its weight should be its own. It is 1\.weight too"),
+        (Unused, {}, ValueError, "unused: the example should call this module"),
+        (shared, {}, ValueError, r"0: its weight should not be shared\. Found it as 1\.weight too"),
         (poisoned, {}, ValueError, r"1: the weight should be finite"),
-        (lambda: plain(padding=0), {}, ValueError, r"0: padding should keep the size: padding=\(1, 1\)"),
+        (
+            lambda: plain(padding=0),
+            {},
+            ValueError,
+            r"0: padding should keep the size: use padding=\(1, 1\)",
+        ),
         (lambda: plain(padding_mode="reflect"), {}, ValueError, "0: padding_mode='reflect' counts"),
         (lambda: plain(padding_mode="replicate"), {}, ValueError, "0: padding_mode='replicate' counts"),
         (lambda: plain(stride=(4, 1)), {}, ValueError, "0: .*divisible by the stride"),

@@ -186,7 +186,7 @@ def test_public_function_agrees_with_a_circular_module():
         (ValueError, torch.ones(2, 8), {}, "x should have 2 channels, 1 axes"),
         (ValueError, torch.ones(1, 2, 8, dtype=torch.float64), {}, "dtype torch.float32"),
         (ValueError, torch.ones(1, 2, 8), {"stride": 3}, "divisible by the stride"),
-        (ValueError, torch.ones(1, 2, 8), {"dilation": 0}, "dilation should be positive"),
+        (ValueError, torch.ones(1, 2, 8), {"dilation": 0}, "dilation should be a positive integer"),
         (TypeError, torch.ones(1, 2, 8), {"groups": 1.0}, "groups should be an integer"),
         (TypeError, torch.ones(1, 2, 8, dtype=torch.int64), {}, "x should be a tensor of a floating"),
     ],

@@ -336,7 +336,7 @@ def test_compiled_whole(name, boundary):
         (lambda: nn.Conv2d(4, 16, 3, 3, padding=1), {"boundary": "walls"}, "padding=0"),
         (lambda: nn.Conv2d(4, 16, 4, 4, padding=1), {"boundary": "walls"}, "padding=0"),
         (lambda: nn.Conv2d(4, 4, 3, 2, 2, 2), {"boundary": "walls"}, "dilation=1"),
-        (lambda: nn.Conv2d(4, 8, 1, 2), {}, "at most 4 channels"),
+        (lambda: nn.Conv2d(4, 8, 1, 2), {}, r"at most 4 output \(transposed: input\) channels"),
         (lambda: nn.Conv2d(4, 4, 3), {}, "padding"),
         (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), {}, "boundary should be given"),
         (lambda: nn.Conv2d(4, 4, 3, padding=1), {"boundary": "open"}, "boundary"),
@@ -552,7 +552,7 @@ def test_a_plain_checkpoint_starts_from_its_weights_and_others_are_refused(bound
 
 def test_without_a_base_channels_have_to_be_alike():
     for conv in (nn.Conv2d(3, 2, 3), nn.Conv2d(2, 3, 3)):
-        with pytest.raises(ValueError, match="a frame has no logarithm"):
+        with pytest.raises(ValueError, match="other matrices have no logarithm"):
             register_parametrization(conv, "weight", SplitExponential(base=False))
         assert type(conv) is nn.Conv2d
 

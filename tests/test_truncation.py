@@ -307,8 +307,8 @@ def test_tol_of_orthogonal():
         ({"method": "split"}, 'tol should be None with method="split"'),
         ({"boundary": "walls"}, "tol should be None between walls"),
         ({"domain": 8}, 'tol should be None unless domain="any"'),
-        ({"tol": 0.0}, "tol should be between 0 and 1"),
-        ({"tol": 1}, "tol should be between 0 and 1"),
+        ({"tol": 0.0}, "tol should be a float between 0 and 1"),
+        ({"tol": 1}, "tol should be a float between 0 and 1"),
     ],
 )
 def test_a_tol_without_meaning_is_refused_and_nothing_changes(options, message):

@@ -34,10 +34,11 @@ def plot_spectrum(
 ) -> tuple[Axes, ...]:
     """Draw the eigenvalues of a convolution, and its singular values.
 
-    Of an orthogonal convolution all eigenvalues are on the unit circle, and all singular values are 1. The
-    singular values of a kernel or a periodic module are drawn over frequency. Of any other module (between
-    zeros or walls, or with a forward of its own) both are those of the dense matrix of its own forward. Its
-    singular values are drawn in descending order. If one of two is not periodic, both are drawn so.
+    An orthogonal convolution has all eigenvalues on the unit circle, and all singular values 1. The
+    singular values of a kernel or a periodic module are drawn over frequency. For any other module (with
+    ``boundary="zeros"`` or ``"walls"``, or with a forward of its own) both are those of the dense matrix of
+    its own forward, and the singular values are drawn in descending order. If one of two is not periodic,
+    both are drawn so.
 
     Args:
         convolution: a kernel or a module, as of `singular_values`.
@@ -105,17 +106,17 @@ def plot_gradient_norms(
 ) -> Axes:
     """Draw how strongly the loss of a recurrent model depends on each of its time steps.
 
-    The curve is ``|| d loss / d x[t] ||`` over ``t``, on a logarithmic axis of at least a decade. Where the
-    state's operator is orthogonal it stays of one size; elsewhere it vanishes or explodes geometrically
-    towards the first steps. Where it is exactly zero it has a gap, and the legend counts these steps.
+    The curve is ``|| d loss / d x[t] ||`` over ``t``, on a logarithmic axis of at least a decade. If the
+    state's operator is orthogonal the norm stays about the same; else it vanishes or explodes geometrically
+    towards the first steps. The curve has gaps where it is exactly zero or not finite; the legend counts
+    them.
 
     Args:
-        model: takes a sequence; or several by name, such as an orthogonal and an ordinary one. Run in
-            evaluation mode; its parameters' gradients stay as they are.
-        inputs: a tensor with an axis of time; or a tuple of arguments of which it is the first, or a
-            dict of keyword arguments of which it is the first.
-        loss: of what the model returns, a scalar. Default: the mean square; of a sequence as long as
-            the input, of its last time step.
+        model: one that is called with a sequence; or several by name, such as an orthogonal and an ordinary
+            one. Run in evaluation mode; its parameters' gradients stay as they are.
+        inputs: a tensor with an axis of time; or a tuple or dict of arguments, whose first one it is.
+        loss: of the model's output, a scalar. Default: its mean square; if it is as long as the input, that
+            of the last step.
         time_axis: of the sequence, and of the output.
         axes: of matplotlib, to draw into. Default: a new figure. The legend is as in `plot_spectrum`.
 
@@ -363,7 +364,7 @@ def _panels(axes: Sequence[Axes] | None, number: int, lines: int) -> list[Axes]:
         _, made = pyplot.subplots(1, number, figsize=size, squeeze=False, layout="constrained")
         return list(made[0])
     if len(axes) != number:
-        raise ValueError(f"axes should be {number}. Found {len(axes)}")
+        raise ValueError(f"axes should be a sequence of {number} matplotlib axes. Found {len(axes)}")
     return list(axes)
 
 

@@ -39,7 +39,7 @@ class Row:
     Args:
         name: as in ``model.named_modules()``; for a block, with its slices.
         geometry: in words.
-        domain: size of the images that the convolution is fed (transposed: that it gives); None if the
+        domain: size of the images that the convolution is fed (transposed: of its outputs); None if the
             example does not reach it.
         smallest: the smallest of its ``min(rows, columns)`` singular values; nan if the domain is None.
         largest: the largest one; nan likewise.
@@ -53,12 +53,12 @@ class Row:
             generator has, or if it has none how many taps.
         share: ``parameters`` as a share of the model's.
         left: what 1, 10 and 100 steps of the operator leave of the norm of a random state, as a share of
-            what an orthogonal operator leaves. Only if it was made orthogonal between zeros and ``gain`` is
-            below 0.99; else empty. One number if images are not mapped to images of the same size and
-            channels.
+            what an orthogonal operator leaves. Only if it was made orthogonal with ``boundary="zeros"`` and
+            ``gain`` is below 0.99; else empty. One number if images are not mapped to images of the same
+            size and channels.
         method: ``"exponential"`` or ``"split"``; None if it is not parametrized.
-        normalised: the normalisation that the convolution's output goes to at once, as ``"group_norm"``, if
-            it is parametrized: that rescales what the operator keeps. Else None.
+        normalised: the normalisation that directly follows the convolution, as ``"group_norm"``, if it is
+            parametrized: that rescales what the operator keeps. Else None.
     """
 
     name: str
@@ -101,12 +101,12 @@ class Report:
         lines.insert(1, "-" * max(map(len, lines)))
         if any(row.estimated for row in self.rows):
             lines.append(
-                "~: estimated from the module's own forward, from inside: the true smallest value is at\n"
-                "most this one, the true largest value and the true defect are at least these."
+                "~: estimated from the module's own forward. The true smallest value is at most this one,\n"
+                "the true largest value and the true defect are at least these."
             )
         lines += [_loss(row) for row in self.rows if row.left]
         lines += [
-            f"{row.name or '(model)'} is normalised at once ({row.normalised}), "
+            f"{row.name or '(model)'} is directly followed by {row.normalised}, "
             "which rescales what it keeps."
             for row in self.rows
             if row.normalised
@@ -121,15 +121,15 @@ def report(
 
     The model is run once, as `retrofit` runs it.
 
-    Each row shows the module's own operator on the images that it is fed: what its forward computes, the
-    bias aside, between zeros or walls too. `orthogonality_defect` gives the same defect, and the exact one
-    where a row is an estimate.
+    Each row measures what the module's forward computes on the images that it is fed, the bias aside,
+    whatever its boundary. `orthogonality_defect` gives the same defect, and the exact one where a row is an
+    estimate.
 
     Args:
         model: any module.
         example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword
             arguments.
-        blocks: as of `retrofit`: blocks of a weight that get rows of their own, besides those that are
+        blocks: a dict, as of `retrofit`: blocks that get rows of their own, besides those that are
             parametrized.
 
     Returns:
@@ -141,12 +141,12 @@ def report(
 
         Operators whose dense matrix has up to ``2^20`` entries are decomposed, larger periodic ones at each
         frequency. For other large ones the numbers are estimates, marked ``~``, from the forward and its
-        adjoint by a Lanczos iteration of up to 600 steps. These are from inside: the true defect is at
-        least as large. Where the iteration has converged, they are accurate to a few per cent.
+        adjoint by a Lanczos iteration of up to 600 steps. The true defect is at least as large. Where the
+        iteration has converged, they are accurate to a few per cent.
 
-        Below the table is a line for each convolution or block that this package made orthogonal between
-        zeros, and whose mean gain is below 0.99: how much of the norm of a random state it leaves. And one
-        for each whose output is normalised at once.
+        Below the table is a line for each convolution or block that this package made orthogonal with
+        ``boundary="zeros"``, and whose mean gain is below 0.99: how much of the norm of a random state it
+        leaves. And one for each that a normalisation directly follows.
 
     Raises:
         TypeError, ValueError: if ``blocks`` are not as above, or a weight is not finite.
@@ -311,7 +311,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _loss(row: Row) -> str:
-    """Say what a convolution between zeros leaves of a random state."""
+    """Say what a convolution with ``boundary="zeros"`` leaves of a random state."""
     assert row.domain is not None
     first, *later = (f"{x:.2g}" for x in row.left)
     if later:

@@ -1,7 +1,7 @@
 """Singular values of convolutions: how they change the norm of their input.
 
-A kernel is measured as the operator that it is on periodic images. A module is measured as the operator
-that its own forward computes, whatever happens at the image's edges.
+A kernel is measured as its circular convolution. A module is measured as the operator that its own forward
+computes, whatever happens at the image's edges.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ def singular_values(
 ) -> Tensor:
     """Compute all singular values of a convolution on images of a given size.
 
-    For a kernel they are those of the operator that the kernel is on periodic images. For a module they are
-    those of its own forward, the bias aside, between zeros or walls too. They are exact.
+    For a kernel they are those of the circular convolution with it. For a module they are those of its own
+    forward, the bias aside, whatever its boundary. They are exact.
 
     An operator that is periodic and keeps the size is block diagonal in frequency. Its values are computed
     in double precision from the kernel. A kernel larger than the domain is folded onto it, which is the
@@ -82,8 +82,9 @@ def orthogonality_defect(
 
         orthogonality_defect = max |singular value - 1|
 
-    A module's own forward is measured, as `report` does. A module that was made `orthogonal` between zeros
-    loses what leaves the image, and its defect says so. Between walls it loses nothing.
+    A module's own forward is measured, as `report` does. A module made `orthogonal` with
+    ``boundary="zeros"`` loses what leaves the image, and its defect says so. Between walls it loses
+    nothing.
 
     Args:
         convolution: a kernel or a module, as in `singular_values`.
@@ -97,11 +98,11 @@ def orthogonality_defect(
 
     Raises:
         TypeError, ValueError: as `singular_values` does.
-        RuntimeError: torch's own, if a module of torch's own class does not take images of that size.
+        RuntimeError: torch's own, if a module of torch's own class does not accept images of that size.
 
-    Cost: one singular value decomposition for each frequency, or one of the dense matrix. A module's dense
-    matrix of up to ``2^20`` entries is that of its own forward, of a periodic one too, with the rounding of
-    the module's dtype.
+    Cost: one singular value decomposition for each frequency, or one of the dense matrix. A module whose
+    dense matrix has up to ``2^20`` entries is measured by its forward, periodic or not, with the rounding
+    of its dtype.
 
     Example:
         >>> import torch
@@ -109,7 +110,7 @@ def orthogonality_defect(
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
         <torch._C.Generator object at ...>
         >>> w = functional.nearest_orthogonal(torch.randn(8, 8, 3, 3, dtype=torch.float64))
-        >>> [f"{orthogonality_defect(w, n):.0e}" for n in (3, 32)]  # its own grid, and a larger one
+        >>> [f"{orthogonality_defect(w, n):.0e}" for n in (3, 32)]  # its own size, and a larger one
         ['1e-15', '1e+00']
     """
     if isinstance(convolution, nn.Module):

@@ -90,11 +90,10 @@ def check_series(triv: str | Trivialization) -> None:
         error = ((V * of_values[..., None, :]) @ V.mH - triv(A.clone())).abs().amax().item()
     if not error < 1e-6:
         raise ValueError(
-            "a triv that is applied by its series should act on eigenvalues, as exp and Cayley's map do. "
-            f"Found {name(triv)!r}, which is {error:.1e} from what it makes of a matrix's eigenvalues"
+            "between walls triv should be a matrix function, that is act on eigenvalues only, as exp and "
+            f"Cayley's map do. Found {name(triv)!r}, off by {error:.1e}"
         )
     if series(triv, 0.25, 1e-4) is None:
         raise ValueError(
-            "a triv that is applied by its series should be smooth, and take real matrices to real ones. "
-            f"Found {name(triv)!r}"
+            f"between walls triv should be smooth, and map real matrices to real ones. Found {name(triv)!r}"
         )

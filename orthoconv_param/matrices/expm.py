@@ -30,13 +30,12 @@ def expm_skew(A: Tensor) -> Tensor:
             computed in float32.
 
     Returns:
-        ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm up to 1e9
-        (double precision: 1e70). A matrix is NaN beyond that norm, and where ``A`` is not finite. The error
-        of the values grows as ``eps * norm(A)``, as it must.
+        ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm up to 1e9 (double
+        precision: 1e70; on a GPU see below). A matrix is NaN beyond that norm, and where ``A`` is not
+        finite. The error of the values grows as ``eps * norm(A)``, as it must.
 
-        Off the CPU nothing is waited for. There, up to size 32 and where triton is installed, each matrix
-        is one program, with the squarings that it needs. Otherwise the cost is that of norm 1e4, and a
-        matrix of a larger norm gives NaN.
+        On a GPU nothing waits for the device. Up to size 32 with triton installed, each matrix gets the
+        squarings that it needs. Otherwise all get those of norm 1e4, and a larger norm gives NaN.
 
     Raises:
         TypeError: if ``A`` is no tensor of a floating dtype.

@@ -105,7 +105,7 @@ def check_trivialization(triv: str | Trivialization) -> None:
                 continue
             flaw = _flaw(Q, A)
         if flaw is not None:
-            raise ValueError(f"{should}. Found triv={name(triv)!r}, of which a value {flaw}")
+            raise ValueError(f"{should}. Found triv={name(triv)!r}, whose result {flaw}")
     if len(errors) == 2:
         kind = type(errors[0]).__name__
         raise ValueError(

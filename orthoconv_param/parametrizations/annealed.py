@@ -68,7 +68,7 @@ class Annealing(Registered):
         self.end()
 
     def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        """Say how a checkpoint differs from this parametrization; None if it does not."""
         ways = [name for name in ("t", *self._way) if prefix + name in state_dict]
         if ways and not self.anneals:
             return self.on_its_way(ways)

@@ -49,7 +49,7 @@ class Blocks(nn.Module):
         return False
 
     def difference(self, state_dict: Mapping[str, object], prefix: str) -> str | None:
-        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        """Say how a checkpoint differs from this parametrization; None if it does not."""
         return self.exponential.difference(state_dict, prefix + "exponential.")
 
     @property

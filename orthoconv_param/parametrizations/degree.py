@@ -62,8 +62,9 @@ class Degree:
         value = smallest_degree(triv, level, tol, reach)
         if value is None:
             raise ValueError(
-                f"triv={name(triv)!r} of a generator of norm {norm:.3g} has no compact kernel to "
-                f"tol={tol:.1e}: use a given domain, or a smaller generator"
+                "the generator's norm should be smaller, as a smaller learning rate keeps it, or domain be "
+                f"a size: with triv={name(triv)!r} no kernel of a degree up to {LARGEST_DEGREE - 1} "
+                f"reaches tol={tol:.1e}. Found norm {norm:.3g}"
             )
         return cls(level, value, series(triv, level, tol / 5) or (), tol, value)
 
@@ -78,9 +79,9 @@ class Degree:
         coefficients = series(triv, level, tol)
         if coefficients is None:
             raise ValueError(
-                f"triv={name(triv)!r} of a generator of norm {norm:.3g} should take at most "
-                f"{LARGEST_NUMBER_OF_TERMS} terms to tol={tol:.1e}, each a convolution. Found more: "
-                "a smaller generator, or a smaller learning rate, takes fewer"
+                "the generator's norm should be smaller, as a smaller learning rate keeps it: with "
+                f"triv={name(triv)!r} it needs more than {LARGEST_NUMBER_OF_TERMS} terms, each a "
+                f"convolution, to tol={tol:.1e}. Found norm {norm:.3g}"
             )
         return cls(level, len(coefficients) - 1, coefficients, tol, len(coefficients) - 1)
 

@@ -38,21 +38,22 @@ class ConvExponential(Registered):
 
         weight = base * exp(skew(generator)),    W(w)^H W(w) = I at each frequency w of the domain
 
-    (``W W^H = I`` if it takes more channels than it gives). A kernel that is orthogonal on one grid
-    is **far from orthogonal on a larger one**, so choose the domain by what the convolution is fed:
+    (``W W^H = I`` where that is wide). A kernel that is orthogonal on periodic images of one size is **far
+    from orthogonal on larger ones**, so choose the domain by what the convolution is fed:
 
-    - ``domain=None``: the kernel's own ``k x k`` grid. The weight keeps its shape. The operator is
-      orthogonal on ``k x k`` images only.
+    - ``domain=None``: periodic images of the kernel's own size, ``k x k``, only. The weight keeps its
+      shape.
     - ``domain=(H, W)``: periodic images of that size. The weight becomes a kernel of
       ``H x W`` taps, so register it with ``unsafe=True``.
     - ``domain="any"``: periodic images of every size, to ``tol``. The weight becomes a compact
       kernel of ``K x K`` taps, also with ``unsafe=True``; ``K`` follows the generator (see below). The
       existing ``k x k`` weight *is* the generator.
 
-    The generator has the shape and dtype of the weight that it replaces. Any values are allowed (with
-    ``"any"``, up to norms of several hundred, where ``K`` is 1000: beyond, use raises ``ValueError``). It
-    holds the weight's Fourier coefficients on its own ``k x k`` grid (Hartley transform, or
-    the unitary DFT of a complex weight), and stays the parameter that an optimizer already holds.
+    The generator has the shape and dtype of the weight that it replaces. It may have any values. (With
+    ``domain="any"`` and ``"expm"``: up to a spectral norm of its skew part of about 400, where ``K`` is
+    about 1000; beyond, calls raise ``ValueError``.) Its ``k x k`` taps are stored as their Fourier
+    coefficients (Hartley transform; complex: unitary DFT). It stays the same parameter object, so that
+    existing optimizers train it.
 
     Args:
         domain: None, a size, a tuple of sizes, or ``"any"``.
@@ -60,33 +61,32 @@ class ConvExponential(Registered):
             those of the convolution.
         groups: of the convolution.
         triv: ``"expm"``, ``"cayley"``, or a callable from skew-Hermitian ``(..., m, m)`` to unitary
-            matrices, as geotorch's are; it is tried once on small ones. With ``domain="any"`` it must act
-            on eigenvalues, as these do.
+            matrices, as geotorch's are; it is tried once on small ones. With ``domain="any"`` it must be a
+            matrix function, as those with names are.
         base: whether the weight is a fixed orthogonal kernel times the exponential. Then assigning
             ``conv.weight = W`` sets the base, and ``geotorch.utils.update_base`` works. Default: True,
-            except for ``"any"``, which has none. ``False`` (own grid, square kernels): the
-            weight is the exponential itself, and assigning takes the logarithm.
+            except for ``"any"``, which has none. ``False`` (``domain=None``, ``out = in * s^d``): the
+            weight is the exponential itself; assigning takes the logarithm.
         tol: for ``"any"``: bound on the operator's defect, at every size. Default: 1e-6, with which 1000
             linear steps keep the norm to 1e-3, in double precision 1e-12, in half precision 1e-4. A looser
-            one is cheaper: ``K`` is smaller. To a stricter one than 1e-6 a part is computed in double
-            precision, and all of it at norms above ``1e7 tol``.
+            one is cheaper: ``K`` is smaller. In single precision, part of the work is done in double if
+            ``tol < 1e-6``, and all of it at norms above ``1e7 tol``.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, or a ``triv`` that does not give unitary
-            matrices; on registration, if the weight
-            is not a finite floating or complex convolution kernel, does not fit into the domain,
-            or if ``stride`` or ``groups`` do not divide what they must. The module is then unchanged.
-        geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map
-            does not reach the weight (as the exponential no determinant -1).
+            matrices; on registration, if the weight is not a finite floating or complex convolution kernel
+            or is larger than the domain, if ``stride`` does not divide the domain, or ``groups`` the
+            channels. The module is then unchanged.
+        geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map does not reach
+            the weight (``"expm"``: if a determinant is -1).
 
-    ``K`` is as small as ``tol`` allows. From the generator's norm alone follows a ``K`` that is enough for
-    every generator of that norm. Where values can be read without waiting, on the CPU, the kernel that this
-    gives is compared once with those of fewer taps: ``Q - Q'`` is a trigonometric polynomial, whose values
-    on a grid bound it at every size. That is done anew on assignment, when the norm leaves its range (of a
-    factor of 1.4), and when the kernel's outermost taps have grown so much that what lies outside of them
-    may exceed ``tol``, if it has grown as they have. A checkpoint holds the result. In what is compiled or
-    mapped by ``vmap``, ``K`` is that of the last ordinary call, and what was measured then may not hold for
-    other generators, even of the same norm. Off the CPU ``K`` follows from the norm alone.
+    ``K`` is as small as ``tol`` allows. The generator's norm gives a ``K`` that is enough for every
+    generator of that norm. On the CPU, where values can be read without waiting, the smallest ``K`` that
+    keeps ``tol`` for the present generator is then measured (not in three dimensions if it is large). ``K``
+    is found anew on assignment, when the norm leaves its range (a factor of 1.4), and when the outermost
+    taps grow so large that ``tol`` may be exceeded. A checkpoint holds the result. In compiled code and
+    under ``vmap``, ``K`` is that of the last ordinary call, and what was measured then may not hold for
+    other generators, even of the same norm. On other devices ``K`` follows from the norm alone.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -94,10 +94,14 @@ class ConvExponential(Registered):
     A parametrization belongs to one weight. Torch's ``transfer_parametrizations_and_params`` registers the
     same object on a second one, which sets the base of both: copy the source by `copy.deepcopy` before.
 
-    Cost: for ``F`` frequencies, about ``3 F m^3`` complex multiplications forward and ``7 F m^3``
-    backward at norms up to 1 (see `expm_skew`). ``F`` is half of ``k^2``, or with ``"any"`` of ``K^2``,
-    whatever the image. On a given domain, in single precision, the exponential is taken on ``K^2`` points
-    too if these are fewer; then only products with the base grow with the domain.
+    The class's ``__name__`` is ``"Exponential"``: scripts that initialise the weight of every module with
+    "Conv" in the name of its class skip it.
+
+    Cost: for ``F`` frequencies, about ``3 F m^3`` complex multiplications forward and ``7 F m^3`` backward
+    at norms up to 1 (see `expm_skew`). ``F`` is half of ``k^2``, of ``H W``, or with ``"any"`` of ``K^2``,
+    whatever the image. In single precision on the CPU, a generator of a norm below 16 on a large given
+    domain may be exponentiated on about ``K^2`` points: only products with the base then grow with the
+    domain.
 
     Source: Magnasco, arXiv:2302.07396; trivializations: Lezcano-Casado, arXiv:1909.09501.
 
@@ -152,7 +156,7 @@ class ConvExponential(Registered):
         if tol is not None and domain != "any":
             raise ValueError('tol should be None unless domain="any": elsewhere nothing is truncated')
         if tol is not None and not (isinstance(tol, float) and 0 < tol < 1):
-            raise ValueError(f"tol should be between 0 and 1. Found {tol!r}")
+            raise ValueError(f"tol should be a float between 0 and 1. Found {tol!r}")
 
         self.domain: int | Size | str | None = domain
         self.tol = tol
@@ -171,7 +175,7 @@ class ConvExponential(Registered):
         context: Mapping[str, str],
         **options: Any,
     ) -> "ConvExponential":
-        """Return the parametrization of a convolution of which more is known than its weight.
+        """Return the parametrization of a convolution whose geometry and owner are known.
 
         Args:
             geometry: of the generator.
@@ -202,16 +206,16 @@ class ConvExponential(Registered):
 
     @property
     def effort(self) -> tuple[int, int] | None:
-        """Frequencies at which a compact kernel is exponentiated, and the terms of its generator's series.
+        """What two ways cost: frequencies of the compact kernel, and terms of its generator's series.
 
-        None unless ``domain="any"``, its norm is known, and a series has few enough terms.
+        None unless ``domain="any"``, the norm is known, and the series has few enough terms.
         """
         if self.compact is None or not self.compact.coefficients:
             return None
         return self._family().lattice(self.compact).frequencies, len(self.compact.coefficients) - 1
 
     def reads_more_of(self, images: Size) -> bool:
-        """Return True if images are so small that a compact kernel wraps around their torus."""
+        """Return True if images are so small that a compact kernel wraps around them."""
         return self._family().reads_more_of(images, self.compact)
 
     def _family(self) -> Family:
@@ -236,9 +240,9 @@ class ConvExponential(Registered):
             ``K`` x ``K`` taps, in the generator's dtype.
 
         Raises:
-            ValueError: if the generator is not of the size that was registered, or not finite (on CUDA
-                only under `torch.autograd.set_detect_anomaly`, because reading that waits).
-            RuntimeError: if the generator is a part of one, as FSDP keeps it outside of forward.
+            ValueError: if the generator is not of the registered size, or not finite (on CUDA checked only
+                under `torch.autograd.set_detect_anomaly`, since that waits for the device).
+            RuntimeError: if the generator is sharded, as under FSDP outside of forward.
         """
         W = self.kernel(X).to(X.dtype).contiguous()
         if self.domain == "any":
@@ -287,8 +291,7 @@ class ConvExponential(Registered):
     ) -> tuple[Lattice, Tensor]:
         """Return the matrices of the orthogonal kernel of a generator, and the lattice on which they are.
 
-        It is the weight's own lattice, or the torus of images that are so small that a compact kernel wraps
-        around it.
+        It is the weight's own lattice, or that of images so small that a compact kernel wraps around them.
 
         Args:
             X: the generator, ``(out, in/groups, *taps)``.
@@ -347,13 +350,12 @@ class ConvExponential(Registered):
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
         """Return the generator whose kernel is ``W``, or the orthogonal kernel nearest to it.
 
-        With a base, the base becomes that kernel and the generator is zero. Without (own grid), the
-        generator is its logarithm. With ``domain="any"``, ``W`` means a generator: it is only packed.
+        With a base, the base becomes that kernel and the generator is zero. Without (``domain=None``), the
+        generator is its logarithm. With ``domain="any"``, ``W`` is the generator itself.
 
         Args:
             W: ``(out, in/groups, *taps)``, with the generator's taps or those of the domain.
-            check_in_manifold: whether to refuse a kernel that is not orthogonal. Not with
-                ``domain="any"``.
+            check_in_manifold: True to raise for a kernel that is not orthogonal. Not with ``domain="any"``.
 
         Returns:
             ``(out, in/groups, *taps)``: the generator, of the dtype of ``W``.
@@ -361,9 +363,9 @@ class ConvExponential(Registered):
         Raises:
             TypeError: if ``W`` is not of the registered dtype, or not of a floating or complex one.
             ValueError: if it is not finite, or of another size.
-            geotorch.exceptions.InManifoldError: if it is to be orthogonal and is not, or if no generator
-                reaches it.
-            RuntimeError: if it is assigned where FSDP keeps a part of the generator only.
+            geotorch.exceptions.InManifoldError: if ``check_in_manifold`` and ``W`` is not orthogonal, or if
+                no generator gives it.
+            RuntimeError: if the generator is sharded (FSDP).
         """
         runtime.refuse_assigning_to_parts()
         if check_in_manifold and self.domain == "any":
@@ -461,7 +463,10 @@ class ConvExponential(Registered):
                 "`update_base` to move"
             )
             if self._issued.is_seen_in(W):  # sizes alone do not tell, as of a single tap
-                raise ValueError(f"the weight should not be what was read from it{note}. Found that")
+                raise ValueError(
+                    'with domain="any" the weight should be assigned a generator. Found the compact kernel '
+                    "that was read from it: there is no base for `update_base` to move"
+                )
         else:
             allowed.add((*size[:2], *lattice.domain))
         if tuple(W.shape) not in allowed:
@@ -481,8 +486,8 @@ class ConvExponential(Registered):
         rows, columns = spectrum.shape[-2:]
         if rows != columns:
             raise ValueError(
-                "base=False should only be used where each group gives as many channels as it takes: "
-                f"a frame has no logarithm. Found {rows} and {columns}"
+                "base=False should only be used with out/groups = in/groups * prod(stride): only square "
+                f"matrices have logarithms. Found {rows} and {columns}"
             )
         inverse = maps.inverse(self.triv)
         assert inverse is not None  # checked by the constructor
@@ -495,10 +500,10 @@ class ConvExponential(Registered):
     # The other verbs of a manifold
 
     def in_manifold(self, W: Tensor, eps: float = 1e-4) -> bool:
-        """Return True if ``W`` is orthogonal on the domain, to ``eps`` in each entry of ``W^H W``.
+        """Return True if the kernel ``W`` is orthogonal on the domain: ``W^H W = I`` to ``eps`` per entry.
 
-        With ``domain="any"``: on every domain. (``W^H W`` has ``2 K - 1`` taps, so a torus
-        of that size sees all of it.)
+        With ``domain="any"`` ``W`` is the compact kernel, and every domain counts. (``W^H W`` has
+        ``2 K - 1`` taps, so images of that size show all of it.)
 
         Raises:
             RuntimeError: before registration.
@@ -519,19 +524,19 @@ class ConvExponential(Registered):
     def sample(self, distribution: str = "uniform", init_: Any = None) -> Tensor:
         r"""Return a random orthogonal kernel on the domain, to be assigned to the weight.
 
-        - ``"uniform"``: Haar's measure at each frequency; at real ones both determinants.
-        - ``"torus"``: ``triv`` of skew matrices with angles drawn by ``init_``, on the
-          diagonal, or at real frequencies in ``2 x 2`` blocks. Recurrent kernels are started from these.
+        - ``"uniform"``: Haar's measure at each frequency, of either determinant where matrices are real.
+        - ``"torus"``: ``triv`` of skew matrices with angles drawn by ``init_``, on the diagonal, or where
+          matrices are real in ``2 x 2`` blocks. Recurrent kernels are started from these.
         - ``"identity"``, or near it: ``triv`` of a generator that ``init_`` draws.
 
-        (For the kernel nearest to a pretrained one, assign that.)
+        (For the kernel nearest to a pretrained one, assign the latter.)
 
         Args:
             distribution: one of these. With ``domain="any"`` only ``"identity"``, returned as
                 the generator: random matrices at each frequency have no compact kernel.
-            init_: fills a tensor in place. Of ``"torus"``, one of angles; default: uniform on
-                ``[-pi, pi]`` (Henaff, Szlam, LeCun, arXiv:1602.06662). Of ``"identity"``, the generator's
-                taps, ``(out, in/groups, *taps)``, whose size is the distance to it; default: zero.
+            init_: fills a tensor in place: for ``"torus"`` the angles (default: uniform on ``[-pi, pi]``,
+                Henaff, Szlam, LeCun, arXiv:1602.06662); for ``"identity"`` the generator's taps,
+                ``(out, in/groups, *taps)``: small ones stay near the identity (default: zero).
 
         Raises:
             RuntimeError: before registration.
@@ -544,7 +549,7 @@ class ConvExponential(Registered):
                 f"distribution should be one of {known} with domain={self.domain!r}. Found {distribution!r}"
             )
         if init_ is not None and distribution == "uniform":
-            raise ValueError('init_ should be None with distribution="uniform", which is one measure')
+            raise ValueError('init_ should be None with distribution="uniform", which does not use it')
         lattice, like = self._family().lattice(self.compact), at_least_single(reference)
         if distribution == "identity":
             generator = like.new_zeros(geometry.size)
@@ -579,7 +584,7 @@ class ConvExponential(Registered):
         )
 
     def signature(self) -> dict[str, str]:
-        """Return what a checkpoint is of, in words."""
+        """Return the settings that a checkpoint must match."""
         family = self._family()
         words = {
             "method": "exponential",
@@ -590,7 +595,7 @@ class ConvExponential(Registered):
         return {**words, **self.context}
 
     def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint is of, and the degree that was measured, to go on with."""
+        """Return the settings that a checkpoint must match, and the measured degree, to go on with."""
         words = {} if self.geometry is None else self.signature()
         compact = self.compact
         if compact is not None and compact.is_measured:
@@ -598,7 +603,7 @@ class ConvExponential(Registered):
         return signature.encode(words)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the degree; the rest has been compared."""
+        """Restore the degree; `difference` compares the rest."""
         words = signature.decode(state).get("degree")
         if self.compact is not None and words is not None:
             value, level, edge, tol = words.split()

@@ -96,7 +96,7 @@ class Family:
             return g.lattice(self.domain or g.taps)
         if degree is None:
             raise RuntimeError(
-                'K is not known: with domain="any", call the module once outside of torch.compile and vmap'
+                "the kernel's size is not known yet: call the module once outside of torch.compile and vmap"
             )
         return Lattice.of_degree(degree.value, self.reach, g.stride, g.groups, g.is_complex)
 

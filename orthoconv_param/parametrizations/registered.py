@@ -16,13 +16,13 @@ from . import signature
 
 
 class Registered(nn.Module, ABC):
-    """A parametrization that takes size, dtype and device of the weight on which it is registered.
+    """A parametrization with the size, dtype and device of the weight on which it is registered.
 
     Args:
         stride: of the convolution.
         groups: of the convolution.
         triv: the map from skew to unitary matrices.
-        base: whether what it gives is moved by fixed unitary matrices.
+        base: True to multiply what it gives by fixed unitary matrices.
 
     Raises:
         TypeError, ValueError: if these are not as `ConvExponential` and `SplitExponential` say.
@@ -62,8 +62,8 @@ class Registered(nn.Module, ABC):
         """
         if not self.has_base and maps.inverse(self.triv) is None:
             raise ValueError(
-                f"base=False takes an inverse of triv, which {maps.name(self.triv)} does not have: "
-                "triv should be given by name, or base be True"
+                "base=False needs triv's inverse, which only those with names have: triv should be given "
+                f"by name, or base be True. Found {maps.name(self.triv)}"
             )
 
     def options(self) -> list[str]:
@@ -74,7 +74,7 @@ class Registered(nn.Module, ABC):
     def _registered(self) -> tuple[Geometry, Tensor]:
         if self.geometry is None or self._reference is None:
             raise RuntimeError(
-                "size, dtype and device are known once the parametrization is registered on a weight"
+                "the parametrization should be registered on a weight first. Found it unregistered"
             )
         return self.geometry, self._reference
 
@@ -95,10 +95,10 @@ class Registered(nn.Module, ABC):
 
     @abstractmethod
     def signature(self) -> dict[str, str]:
-        """Return what a checkpoint is of, in words."""
+        """Return the settings that a checkpoint must match."""
 
     def difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Say in what a checkpoint is of something else; None if in nothing that it tells."""
+        """Say how a checkpoint differs from this parametrization; None if it does not."""
         keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         known = {*runtime.buffers_of(self), runtime.EXTRA_STATE}
         unknown = [key for key in keys if key not in known]
@@ -108,19 +108,19 @@ class Registered(nn.Module, ABC):
         return signature.difference({} if self.geometry is None else self.signature(), there)
 
     def on_its_way(self, keys: list[str]) -> str:
-        """Say that a checkpoint has what this does not take."""
+        """Say that a checkpoint holds buffers of annealing, which this has not."""
         return (
-            f"the checkpoint should be of a convolution without {', '.join(sorted(keys))}, which one has "
-            "on its way to orthogonality. Save it after set_orthogonality(model, 1, final=True), or load "
-            "it into a model that has been retrofitted in the same way. Found these"
+            "the checkpoint should not be of a convolution that is still being annealed. Found "
+            f"{', '.join(sorted(keys))}: save it after set_orthogonality(model, 1, final=True), or load it "
+            "into a model that was retrofitted in the same way"
         )
 
     def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint is of."""
+        """Return the settings that a checkpoint must match."""
         return signature.encode({} if self.geometry is None else self.signature())
 
     def set_extra_state(self, state: Any) -> None:
-        """Change nothing: it has been compared."""
+        """Do nothing: `difference` compares it."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,

@@ -1,4 +1,4 @@
-"""What a checkpoint is of: a few words in it, compared when it is loaded.
+"""The settings that a checkpoint must match: a few words in it, compared when it is loaded.
 
 They are one tensor of bytes in the ``state_dict``, so that every format of checkpoints holds them.
 Checkpoints without them load as well.
@@ -28,7 +28,7 @@ def decode(state: Any) -> dict[str, str]:
 
 
 def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
-    """Say in what a checkpoint differs; None if in nothing that both name."""
+    """Say how a checkpoint differs; None if in nothing that both name."""
     keys = [key for key in here if key in there and here[key] != there[key]]
     if not keys:
         return None

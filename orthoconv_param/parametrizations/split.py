@@ -1,4 +1,4 @@
-r"""`SplitExponential`: a convolution's weight as a product of exponentials that end.
+r"""`SplitExponential`: a convolution's weight as a product of exponentials of finite support.
 
     weight = C_n L exp(S_n) L^H C_(n-1) ... L exp(S_1) L^H C_0,    C_i = B_i exp(skew(X_i)),
 
@@ -30,53 +30,52 @@ from .registered import Registered
 
 
 class SplitExponential(Registered):
-    r"""Parametrizes a convolution's weight by exponentials of antisymmetric kernels that end.
+    r"""Parametrizes a convolution's weight by exponentials of antisymmetric kernels, all of finite support.
 
         weight = C_n S_n C_(n-1) ... S_1 C_0,    W(w)^H W(w) = I at every frequency w
 
-    (``W W^H = I`` if it takes more channels than it gives). The coins ``C = base * exp(skew(X))`` act on
-    the channels of one pixel, the pairs ``S = L exp([[0, -K^H], [K, 0]]) L^H`` join half of the channels
-    with the other half of the next pixel's. Each pair has three taps on one axis of space, so that the
-    weight keeps its ``k x k`` taps, and its operator is orthogonal on a torus of **every** size:
+    (``W W^H = I`` where that is wide). The coins ``C = base * exp(skew(X))`` act on one pixel's channels.
+    The pairs ``S = L exp([[0, -K^H], [K, 0]]) L^H``, ``K`` free and ``L`` a shift of half of the channels
+    by a pixel, join these with the other half. Each pair has three taps on one axis of space, so that the
+    weight keeps its ``k x k`` taps, and its operator is orthogonal on periodic images of **every** size:
 
         register_parametrization(conv, "weight", SplitExponential())
 
-    is all that a convolution with circular padding takes. With zero padding the operator never expands,
-    but it is **not orthogonal**: see ``orthogonal(conv, method="split", boundary="walls")``.
+    is all that a convolution with circular padding needs. With zero padding the operator never expands, but
+    it is **not orthogonal**: see ``orthogonal(conv, method="split", boundary="walls")``.
 
     The family has about ``1.5 m^2`` dimensions for 3x3 kernels of ``m`` channels, where the exponential has
-    ``4.5 m^2``. It holds the identity if ``k`` is odd, the channels are alike and the stride is 1. Kernels
-    of one channel in a group that end are nothing but shifts: these are refused.
+    ``4.5 m^2``. It contains the identity if ``k`` is odd, in and out channels are equal and the stride is
+    1. One channel per group would leave only shifts: use `ConvExponential`.
 
-    The free parameter holds the generators of all factors in one tensor of one axis, of the dtype of the
-    weight that it replaces. It may have any values. Its size is not the weight's: the state that an
-    optimizer has of the weight has to go, and a gradient too, before registration and before
-    ``remove_parametrizations``: call ``zero_grad(set_to_none=True)``.
+    The generator, the free parameter, holds those of all factors in one tensor of one axis, of the dtype of
+    the weight that it replaces. It may have any values. Its size is not the weight's. So call
+    ``zero_grad(set_to_none=True)`` before registration and before ``remove_parametrizations``, and make a
+    new optimizer afterwards.
 
     Args:
         stride: of the convolution. A parametrization sees the weight alone, so this and ``groups`` must be
-            those of the convolution. With a stride ``s`` the weight is a kernel of stride 1 and a frame
-            of patches ``s x s``; taps that it then does not need are zero.
+            those of the convolution. With a stride ``s`` the weight is a kernel of stride 1, then an
+            orthogonal map of each ``s x s`` patch; unused taps are zero.
         groups: of the convolution.
         triv: ``"expm"``, ``"cayley"``, or a callable from skew-Hermitian ``(..., m, m)`` to unitary
             matrices, as geotorch's are; it is tried once on small ones.
         base: whether each coin is a fixed orthogonal matrix times the exponential. Then
             ``geotorch.utils.update_base`` works. Default: True. ``False``: assigning takes the logarithm,
-            and there have to be as many channels out as in.
+            and all coins must be square, as with stride 1 and equal channels.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, or a ``triv`` that does not give unitary
-            matrices; on registration, if the weight is not a finite floating or complex convolution
-            kernel, or has no split kernels. The module is then unchanged.
+            matrices; on registration, if the weight is not a finite floating or complex convolution kernel,
+            has no split kernels, or has a gradient. The module is then unchanged.
         geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map does not reach
-            the coins (as the exponential no determinant -1).
+            the coins (``"expm"``: if a determinant is -1).
 
-    Assigning ``conv.weight = W`` reads back a kernel of the family. Any other goes to one that is
-    near it, by a descent from a start that singular value decompositions give; the same for the same ``W``.
-    A kernel that equals the present one keeps its pairs, and moves its coins into the base. The factors
-    that are read back are the canonical ones, whose pairs rotate by angles up to ``pi/2``. Training may
-    take them further, and other factors of the same kernel do other things between walls: so copy a module
-    by its ``state_dict``, and not by its weight.
+    Assigning ``conv.weight = W`` sets the weight to ``W`` if that is in the family, else to a kernel near
+    it, found by a deterministic descent. Assigning the present weight keeps its pairs, and moves the coins
+    into the base. Copy a module between walls by its ``state_dict``, not by its weight: one kernel may have
+    several sets of factors, which differ at the walls, and assignment finds those whose pairs rotate by at
+    most ``pi/2``.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -123,7 +122,7 @@ class SplitExponential(Registered):
         context: Mapping[str, str],
         **options: Any,
     ) -> "SplitExponential":
-        """Return the parametrization of a convolution of which more is known than its weight.
+        """Return the parametrization of a convolution whose geometry and owner are known.
 
         Args:
             geometry: of the convolution.
@@ -159,10 +158,10 @@ class SplitExponential(Registered):
             ``(out, in/groups, *taps)``, in the generator's dtype.
 
         Raises:
-            RuntimeError: before registration; or if the generator is a part of one, as FSDP keeps it
-                outside of forward.
-            ValueError: if the generator is not of the size that was registered, or not finite (on CUDA only
-                under `torch.autograd.set_detect_anomaly`, because reading that waits).
+            RuntimeError: before registration; or if the generator is sharded, as under FSDP outside of
+                forward.
+            ValueError: if the generator is not of the registered size, or not finite (on CUDA checked only
+                under `torch.autograd.set_detect_anomaly`, since that waits for the device).
         """
         chain = self.chain_or_raise()
         self.check_generator(X, (chain.groups * chain.numbers,))
@@ -195,11 +194,12 @@ class SplitExponential(Registered):
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
         """Return the generator whose kernel is ``W``, or one near it.
 
-        With a base, that becomes the coins, and their generators are zero. Without, they are logarithms.
+        With a base, the base takes the coins, and the generator is zero. Without, it holds the coins'
+        logarithms.
 
         Args:
             W: ``(out, in/groups, *taps)``.
-            check_in_manifold: whether to refuse a kernel that is not of the family.
+            check_in_manifold: True to raise for a kernel that is not of the family.
 
         Returns:
             The generator, of one axis, of the dtype of ``W``.
@@ -207,9 +207,9 @@ class SplitExponential(Registered):
         Raises:
             TypeError: if ``W`` is not of the registered dtype, or not of a floating or complex one.
             ValueError: if it is not finite, of another size, or has no split kernels.
-            geotorch.exceptions.InManifoldError: if it is to be of the family and is not, or if no generator
-                reaches its coins.
-            RuntimeError: if it is assigned where FSDP keeps a part of the generator only.
+            geotorch.exceptions.InManifoldError: if ``check_in_manifold`` and ``W`` is not of the family, or
+                if no generator gives its coins.
+            RuntimeError: if the generator is sharded (FSDP).
         """
         runtime.refuse_assigning_to_parts()
         chain = self._check(W)
@@ -277,7 +277,7 @@ class SplitExponential(Registered):
         return _as_reals(base).to(at_least_single(W).dtype.to_real())
 
     def chain_or_raise(self) -> Chain:
-        """Return of which factors the kernel is the product.
+        """Return the chain of the kernel's factors.
 
         Raises:
             RuntimeError: before registration.
@@ -304,7 +304,7 @@ class SplitExponential(Registered):
             chain = Chain.of(self._geometry_of(W), self.between_walls)
             if W.is_leaf and W.grad is not None:
                 raise ValueError(
-                    "the weight should have no gradient, since the free parameter has another shape: "
+                    "the weight should have no gradient, since the generator has another shape: "
                     "call zero_grad(set_to_none=True) before. Found one"
                 )
         else:
@@ -315,8 +315,8 @@ class SplitExponential(Registered):
                 raise ValueError(f"the weight should be of size {allowed}. Found {tuple(W.shape)}")
         if not self.has_base and any(rows != columns for rows, columns in chain.coins):
             raise ValueError(
-                "base=False should only be used where each group gives as many channels as it takes: a "
-                f"frame has no logarithm. Found coins of sizes {chain.coins}"
+                "base=False should only be used where all coins are square: other matrices have no "
+                f"logarithm. Found coins of sizes {chain.coins}"
             )
         if self._reference is not None and W.dtype != self._reference.dtype:
             raise TypeError(f"the weight should be of dtype {self._reference.dtype}. Found {W.dtype}")
@@ -347,14 +347,14 @@ class SplitExponential(Registered):
 
         - ``"uniform"``: every factor is drawn from Haar's measure.
         - ``"torus"``: coins are ``triv`` of skew matrices with angles drawn by ``init_``, on the diagonal
-          or, for real kernels, in ``2 x 2`` blocks; pairs rotate each channel of ``A`` with one of ``B``
-          by such an angle.
+          or, for real kernels, in ``2 x 2`` blocks; pairs rotate each channel of one half with one of the
+          other by such an angle.
         - ``"identity"``, or near it: ``triv`` of generators that ``init_`` draws, with bases of one.
 
         Args:
             distribution: one of these.
-            init_: fills a tensor of one axis in place. Of ``"torus"``, one of angles; default: uniform on
-                ``[-pi, pi]``. Of ``"identity"``, the generator; default: zero.
+            init_: fills a tensor of one axis in place: for ``"torus"`` the angles (default: uniform on
+                ``[-pi, pi]``); for ``"identity"`` the generator (default: zero).
 
         Raises:
             RuntimeError: before registration.
@@ -366,7 +366,7 @@ class SplitExponential(Registered):
         if distribution not in known:
             raise ValueError(f"distribution should be one of {known}. Found {distribution!r}")
         if init_ is not None and distribution == "uniform":
-            raise ValueError('init_ should be None with distribution="uniform", which is one measure')
+            raise ValueError('init_ should be None with distribution="uniform", which does not use it')
         m, sizes = chain.channels, chain.coins
         pairs = like.new_empty(chain.groups, chain.pairs, m, m)
         if distribution == "identity":
@@ -398,7 +398,7 @@ class SplitExponential(Registered):
         return ", ".join([*size, *self.options(), *walls, *rest])
 
     def signature(self) -> dict[str, str]:
-        """Return what a checkpoint is of, in words."""
+        """Return the settings that a checkpoint must match."""
         geometry, _ = self._registered()
         words = {
             "method": "split",

@@ -44,7 +44,7 @@ class Norm:
         """Return what is exponentiated of a generator in space, which is of a dtype as it is trained.
 
         Raises:
-            ValueError: if its norm takes more than 200 terms.
+            ValueError: if its norm needs more than 200 terms.
             RuntimeError: if the norm is not known, since there has been no ordinary call.
         """
         tol = default_tolerance(dtype)
@@ -70,8 +70,8 @@ class WalledGenerator(Registered):
         geometry: of the convolution.
         owner: the module, in words, for errors.
         context: what tells checkpoints of the module apart.
-        triv: the map from skew to unitary matrices, which acts on eigenvalues.
-        base: True if a matrix acts on each pixel besides: at first that nearest to the weight.
+        triv: the map from skew to unitary matrices, a matrix function.
+        base: True if an orthogonal matrix acts on each pixel too: at first the one nearest to the weight.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class WalledGenerator(Registered):
             ``(out, in/groups, *taps)``, in its dtype.
 
         Raises:
-            ValueError: if it is not of the size that was registered, or not finite.
-            RuntimeError: if it is a part of one, as FSDP keeps it outside of forward.
+            ValueError: if it is not of the registered size, or not finite.
+            RuntimeError: if it is sharded, as under FSDP outside of forward.
         """
         self.check_generator(X, self._registered()[0].size)
         W = unpack(X).to(X.dtype).contiguous()
@@ -150,8 +150,8 @@ class WalledGenerator(Registered):
 
         Raises:
             TypeError: if ``W`` is not of the registered dtype, or not of a floating or complex one.
-            ValueError: if it is not finite, or of another size; if its norm takes more than 200 terms.
-            RuntimeError: if it is assigned where FSDP keeps a part of the generator only.
+            ValueError: if it is not finite, or of another size; if its norm needs more than 200 terms.
+            RuntimeError: if the generator is sharded (FSDP).
         """
         runtime.refuse_assigning_to_parts()
         if self.geometry is not None:
@@ -218,8 +218,8 @@ class WalledGenerator(Registered):
 
         Args:
             distribution: ``"identity"``, or near it.
-            init_: fills the generator's taps in place, whose size is the distance to the identity, or to
-                the base. Default: zero.
+            init_: fills the generator's taps in place: small ones stay near the identity, or the base.
+                Default: zero.
 
         Raises:
             RuntimeError: before registration.
@@ -241,7 +241,7 @@ class WalledGenerator(Registered):
         return ", ".join([str(self._placed.size), "its skew part is exponentiated", *self.options(), *rest])
 
     def signature(self) -> dict[str, str]:
-        """Return what a checkpoint is of, in words."""
+        """Return the settings that a checkpoint must match."""
         words = {
             "method": "exponential",
             "domain": "any",

@@ -3,16 +3,16 @@ r"""`Chain`: of which factors a split kernel is the product.
 Split ``m`` channels into ``A``, the first ``m // 2``, and ``B``. For a skew matrix that joins ``A`` with
 ``B`` only, ``S = [[0, -K^H], [K, 0]]``, and an axis of space, the antisymmetric kernel of symbol
 ``L S L^H``, ``L(w) = diag(e^{iw} I_A, I_B)``, joins ``A`` at a pixel with ``B`` at the next one and nothing
-else. So its exponential ends: ``L exp(S) L^H`` has three taps, and is orthogonal at every size. A split
-kernel of ``k`` taps on each axis is a product of these, its pairs, and of orthogonal matrices on the
-channels of one pixel, its coins:
+else. So its exponential has finite support: ``L exp(S) L^H`` has three taps, and is orthogonal at every
+size. A split kernel of ``k`` taps on each axis is a product of these, its pairs, and of orthogonal matrices
+on the channels of one pixel, its coins:
 
     Q = C_n S_n C_(n-1) ... S_1 C_0,    S_i = L O_i L^H,    O_i = exp([[0, -K_i^H], [K_i, 0]]),
 
 first all ``S_i`` of the first axis, ``(k - 1) / 2`` of them, then those of the next. An even ``k`` has one
 more factor on its axis, ``S_i = L``. With a stride ``s`` the last coin is a frame: it maps each patch of
 ``s`` samples a side to one pixel. Where the channels differ, one coin is the frame: the first (its columns)
-if more are given than taken, else the last (its rows).
+if there are more output than input channels, else the last (its rows).
 """
 
 from dataclasses import dataclass
@@ -98,15 +98,16 @@ class Chain:
         """
         if self.steps and self.channels == 1:
             raise ValueError(
-                "a split kernel should have at least two channels in each group: the kernels of one "
-                'channel that end are nothing but shifts. Use method="exponential". Found a weight of size '
-                f"{geometry.size} with {self.groups} groups"
+                "a split kernel should have at least two channels in each group: with one it is only a "
+                f'shift. Use method="exponential". Found a weight of size {geometry.size} with '
+                f"{self.groups} groups"
             )
         seen = self.columns * prod(self.patch)
         if self.rows > seen and any(t < s for t, s in zip(self.patch, self.stride, strict=True)):
             raise ValueError(
-                f"the stride {geometry.stride} skips samples of a kernel of {geometry.taps} taps, which "
-                f"leaves at most {seen} channels out of each group. Found {self.rows}"
+                f"each group should have at most {seen} output (transposed: input) channels, since a "
+                f"kernel of {geometry.taps} taps with stride {geometry.stride} skips samples. "
+                f"Found {self.rows}"
             )
 
     def is_within_patches(self, geometry: Geometry) -> bool:

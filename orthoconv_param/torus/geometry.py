@@ -162,9 +162,9 @@ class Geometry:
         out, seen = size[0] // groups, size[1] * prod(self.stride) // prod(common)
         if out > seen and max(common) > 1:
             raise ValueError(
-                f"stride {self.stride} and dilation {self.dilation} leave no semi-orthogonal operator: "
-                f"they see one of {prod(common)} samples. They should have no common factor, or, in each "
-                f"group, the {out} channels on the coarse side be at most {seen}"
+                f"no semi-orthogonal operator has stride {self.stride} and dilation {self.dilation}: it "
+                f"reads only one of {prod(common)} samples. They should have no common factor, or each "
+                f"group at most {seen} {'input' if self.transposed else 'output'} channels. Found {out}"
             )
 
     def _times_stride(self, size: Size) -> Size:
@@ -334,22 +334,22 @@ def _check_padding(module: Any, padding: Size, spans: Size, stride: Size) -> Non
         keeps = all(0 <= span - 2 * p <= s - 1 for span, p, s, _ in axes)
     if keeps:
         return
-    right, found = f"padding={tuple(span // 2 for span in spans)}", f"padding={module.padding!r}"
+    right, found = f"use padding={tuple(span // 2 for span in spans)}", f"padding={module.padding!r}"
     if module.transposed:
         right += f", output_padding={tuple(s - 1 - span % 2 for span, _, s, _ in axes)}"
         found += f", output_padding={module.output_padding}"
     if any(span % 2 and s == 1 for span, _, s, _ in axes):
         possible = not module.transposed and max(stride) == 1
         right = (
-            'padding="same"' if possible else "with stride 1 no even kernel does, if its dilation is odd"
+            'use padding="same"' if possible else "none does with stride 1, an even kernel and odd dilation"
         )
-    by = "" if max(stride) == 1 else f", but for the stride {stride}"
+    by = "" if max(stride) == 1 else f" (divided by the stride {stride})"
     note = ""
     if _may_be_causal(axes):
-        right += ", which reads what comes later too"
         note = (
-            ". A causal convolution should stay as it is: on a finite sequence its operator is block "
-            "triangular, and orthogonal only if it joins no steps of time"
+            ". A causal convolution should stay as it is: padding that keeps the size would read later "
+            "steps too, and on a finite sequence its operator is block triangular, orthogonal only if it "
+            "joins no steps of time"
         )
     raise ValueError(f"padding should keep the size{by}: {right}. Found {found}{note}")
 

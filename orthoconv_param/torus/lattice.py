@@ -144,7 +144,7 @@ class Lattice:
             what = "taps" if extent == taps else "taps with their dilation,"
             raise ValueError(f"domain should be at least the kernel's {what} {extent}. Found {domain}")
         if any(n % s for n, s in zip(domain, stride, strict=True)):
-            which = f"the kernel's own grid {taps} (domain=None)" if own else f"domain={domain}"
+            which = f"the kernel's own size {taps} (domain=None)" if own else f"domain={domain}"
             raise ValueError(f"{which} should be divisible by the stride. Found stride={stride}")
         if size[0] % groups:
             raise ValueError(
