@@ -1,7 +1,7 @@
-"""What people use today, as cells that `convrnn.Recurrent` takes: ConvLSTM, ConvGRU, plain ConvRNN, expRNN.
+"""What people use today, as cells for `convrnn.Recurrent`: ConvLSTM, ConvGRU, plain ConvRNN, expRNN.
 
-Convolutions are three wide, and periodic or zero-padded, as `convrnn.convolution` makes them for a
-``boundary``; ``groups`` are independent networks, side by side.
+Convolutions have three taps an axis, made by `convrnn.convolution`: periodic or zero-padded; ``groups`` are
+independent networks, side by side.
 """
 
 from collections.abc import Sequence

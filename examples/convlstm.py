@@ -9,8 +9,8 @@ A variant is a network that is made orthogonal in some place, before it is train
               a step, so that what is remembered moves: half of the channels to each side, or a quarter
               of them along each diagonal.
 
-All variants have the same time. How long a step of each takes is measured once, side by side with the
-original in one process. Each variant gets fewer steps accordingly.
+All variants are trained for the same time: a step of each is timed once, beside the original's in one
+process, and slower variants get fewer steps.
 """
 
 import statistics

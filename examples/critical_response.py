@@ -8,14 +8,14 @@ measured over three decades each:
 
     response     the wave settles at the amplitude (2 F)^(1/3)
     decay        without a drive it decays, as t^(-1/2)
-    relaxation   on a steady wave of amplitude r, a small change of its amplitude relaxes at the rate
-                 3/2 r^2, and another, small wave at the rate r^2
+    relaxation   beside a steady wave of amplitude r, a small change of it decays at the rate 3/2 r^2, and
+                 a small second wave at the rate r^2
 
     python examples/critical_response.py --out DIR
 
 draws a kernel for each seed, writes critical_response.csv and critical_response.png, and prints the
-exponents. (Whatever the unitary kernel, it turns a wave. So kernels differ in the relaxation of the other
-wave alone.)
+exponents. (Every unitary kernel just turns a wave, so that seeds differ only in the relaxation of the
+second wave.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -157,10 +157,10 @@ def main() -> None:
     """Run the program."""
     options = parser(__doc__)
     options.add_argument(
-        "--size", type=positive, nargs="+", default=[16, 16], help="of the lattice, 1 to 3 axes"
+        "--size", type=positive, nargs="+", default=[16, 16], help="size of the lattice, on 1 to 3 axes"
     )
-    options.add_argument("--points", type=positive, default=13, help="of each law")
-    options.add_argument("--decades", type=positive, default=3, choices=(1, 2, 3), help="of each law")
+    options.add_argument("--points", type=positive, default=13, help="values measured for each law")
+    options.add_argument("--decades", type=positive, default=3, choices=(1, 2, 3), help="range of each law")
     arguments = parse(options, seeds=[0, 1], decades=1)
     if len(arguments.size) > 3 or min(arguments.size) < 3 or arguments.points < 2:
         options.error("--size should have 1 to 3 axes of at least 3 sites, and --points be at least 2")

@@ -26,24 +26,31 @@ METHODS: dict[Boundary, tuple[Method, ...]] = {
 
 
 class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """A help formatter that keeps the description's lines, and tells defaults."""
+    """A help formatter that keeps the description's lines, and shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that all experiments have."""
     result = argparse.ArgumentParser(description=description, formatter_class=_Format)
     result.add_argument("--out", type=Path, default=Path("."), help="folder of the CSV and PNG files")
-    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
-    workers = "processes of one thread, and up to 3 GB, each"
+    result.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds, one network each"
+    )
+    workers = "processes, each of one thread and up to 3 GB"
     result.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 4), help=workers)
     return result
 
 
 def add_method_and_boundary(options: argparse.ArgumentParser) -> None:
     """Add the options ``--method`` and ``--boundary`` of the paper's networks. See `methods_of`."""
-    text = "of the orthogonal and unitary convolutions; by default exponential, between walls both"
+    text = "method of the orthogonal and unitary convolutions (default: exponential; between walls both)"
     options.add_argument("--method", choices=get_args(Method), help=text)
-    options.add_argument("--boundary", choices=get_args(Boundary), default="circular", help="of the images")
+    options.add_argument(
+        "--boundary", choices=get_args(Boundary), default="circular", help="boundary of the images"
+    )
 
 
 def methods_of(arguments: argparse.Namespace) -> tuple[Method, ...]:

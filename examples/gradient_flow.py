@@ -1,15 +1,15 @@
 """How strongly the error at step T depends on the state at each step before: the picture behind it all.
 
-The networks of `long_memory.py` see a digit, then T blank frames, and give it back. Drawn is the norm of
-the gradient of their squared error with respect to the state after each frame, relative to that after the
-last, untrained and trained. In an orthogonal network it stays what it is, but for what phi does; in
-others it decays, or explodes, geometrically.
+The networks of `long_memory.py` see a digit, then T blank frames, and have to give it back. The figure
+shows the norm of the gradient of their squared error with respect to the state after each frame, relative
+to the last frame's, before and after training. In an orthogonal network only phi changes it; in others it
+decays or explodes geometrically.
 
     python examples/gradient_flow.py --out DIR
 
 writes gradient_flow.csv (a row for each network, seed and step) and gradient_flow.png, and prints the
-ratios of the first norm to the last, for each seed. They are trained with one learning rate, 1e-2, for as
-many steps as there.
+ratios of the first norm to the last, for each seed. All have learning rate 1e-2, and the steps of
+`long_memory.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,9 +107,9 @@ def draw(results: dict[str, dict[bool, Tensor]], path: Path) -> None:
 def main() -> None:
     """Run the program."""
     options = parser(__doc__)
-    options.add_argument("--delay", type=positive, default=1000, help="T")
+    options.add_argument("--delay", type=positive, default=1000, help="T, blank frames")
     options.add_argument(
-        "--steps", type=positive, help=f"of Adam; by default {STEPS} by delay, for others 20"
+        "--steps", type=positive, help=f"training steps (default: {STEPS} by delay, otherwise 20)"
     )
     arguments = parse(options, delay=50, seeds=[0, 1], steps=10)
 

@@ -2,9 +2,9 @@
 
     h(t+1) = U * h(t),    norm(h(t)) / norm(h(0))
 
-for a random `h(0)`, without input and `phi`, untrained. Between walls and around a torus `U` is orthogonal
-and the ratio stays 1. An orthogonal operator on a larger torus, on which zeros continue the image, loses
-what leaves the image in each step.
+for a random `h(0)`, without input and `phi`, untrained. Between walls and on periodic images `U` is
+orthogonal and the ratio stays 1. With ``boundary="zeros"`` it is not, and loses what leaves the image in
+each step.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,11 @@
 """Recall over a delay: a digit is shown once, T blank or noisy frames follow, and it must be given back.
 
-Real scanned digits (scikit-learn's, 8x8, values in [0, 1]) are shown to recurrent networks of about as
-many parameters each, which then see nothing, or noise, for T steps. All are trained by Adam on the
-squared error, for equally many steps, with each learning rate of the grid and each seed; reported is the
-error on digits that they were not trained on, with the rate whose loss in the last tenth of training is
-the least. Images are periodic, or with ``--boundary walls`` they end: the orthogonal networks then lose
-nothing at their edges, and all other convolutions are zero-padded.
+Real scanned digits (scikit-learn's, 8x8, values in [0, 1]) are shown to recurrent networks of about as many
+parameters each, which then see nothing, or noise, for T steps. All are trained by Adam on the squared
+error, for equally many steps, with each learning rate of the grid and each seed. Tables show the error on
+unseen digits, at the rate whose loss in the last tenth of training is the least. Images are periodic, or
+with ``--boundary walls`` they end: the orthogonal networks then lose nothing at their edges, and all other
+convolutions are zero-padded.
 
     python examples/long_memory.py --out DIR
 
@@ -191,12 +191,14 @@ def draw(
 def main() -> None:
     """Run the program."""
     options = parser(__doc__)
-    options.add_argument("--delays", type=positive, nargs="+", default=[100, 500, 1000])
-    options.add_argument("--rates", type=float, nargs="+", default=RATES)
     options.add_argument(
-        "--steps", type=positive, help=f"of Adam; by default {STEPS} by delay, for others 20"
+        "--delays", type=positive, nargs="+", default=[100, 500, 1000], help="T, frames after the digit"
     )
-    options.add_argument("--batch", type=positive, default=BATCH)
+    options.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the grid")
+    options.add_argument(
+        "--steps", type=positive, help=f"training steps (default: {STEPS} by delay, otherwise 20)"
+    )
+    options.add_argument("--batch", type=positive, default=BATCH, help="digits in a step")
     options.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation in the frames that follow"
     )

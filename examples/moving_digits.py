@@ -1,29 +1,28 @@
-"""Moving digits: ConvLSTMs that are orthogonal in some place against the usual one, in the same time.
+"""Moving digits: partly orthogonal ConvLSTMs against the usual one, trained for the same time.
 
 Scanned digits (scikit-learn's `load_digits`) move and bounce off the walls of a canvas. A zero-padded
 ConvLSTM, with a single convolution from [input, state] to four stacked gates, sees the first frames and
-predicts the rest. Of each variant (`convlstm.py` says what they are) it is asked whether it is better
-than the original that has as many seconds:
+predicts the rest. Each variant (see `convlstm.py`) is compared with the original, trained for the same
+time:
 
-  fresh          trained from the beginning;
-  trained, long  made of the trained original, and fine-tuned on five times as many predicted frames (the
+  fresh          trained from scratch;
+  trained, long  made from the trained original, and fine-tuned on five times as many predicted frames (the
                  moving memory, which no trained original has, goes on from its own training);
   trained        the same, fine-tuned on videos as before (with ``--all``);
-  fresh, long    trained from the beginning on long videos (with ``--all``).
+  fresh, long    trained from scratch on long videos (with ``--all``).
 
-Training minimises the loss of all frames from the third on; tables tell that of the predicted ones, those
-that come after the frames that are seen. How many steps the same seconds are is measured at the start, side
-by side. With ``--all`` there are more
-variants (the candidate's block alone, paths of the memory, exponential and split, circular and walls, at
-once or by degrees, an orthogonal beginning alone), all ways of training, and tables for as many steps as
-the original too.
+Training minimises the loss of all frames from the third on; tables show that of the predicted ones, which
+follow the frames that are seen. How many steps fit into the same time is measured first. With ``--all``
+there are more variants (the candidate's block alone, paths of the memory, exponential and split, circular
+and walls, with and without annealing, an orthogonal start alone), all ways of training, and tables for
+equal numbers of steps too.
 
     python examples/moving_digits.py --out DIR
 
-prints tables, means and standard deviations over the seeds: the loss on digits that were not trained on,
-over as many predicted frames as in training and over five times as many; the same with noise in the frames
-that are seen; and what becomes of the state in 1000 frames. It writes moving_digits.csv, a plot of the
-losses, and frames of a long video. Settings are to be chosen with ``--validate``, which takes other digits.
+prints tables, means and standard deviations over the seeds: the loss on unseen digits, over as many
+predicted frames as in training and over five times as many; the same with noise in the frames that are
+seen; and what becomes of the state in 1000 frames. It writes moving_digits.csv, a plot of the losses, and
+frames of a long video. Choose settings with ``--validate``, which tests on other digits.
 """
 
 import time
@@ -328,18 +327,18 @@ def main() -> None:
         options.add_argument(name, type=positive if name != "--context" and isinstance(default, int)
                              else type(default), default=default, help=text)  # fmt: skip
 
-    add("--steps", 300, "of Adam, of the original from the beginning")
-    add("--finetune", 90, "of Adam, of the trained original")
-    add("--lr", 3e-2, "highest learning rate from the beginning")
+    add("--steps", 300, "training steps of the original from scratch")
+    add("--finetune", 90, "fine-tuning steps of the trained original")
+    add("--lr", 3e-2, "highest learning rate from scratch")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
     add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")
     add("--hidden", 16, "channels of the state")
-    add("--canvas", 16, "side, in pixels")
-    add("--frames", 14, "length of a video")
-    add("--context", 8, "frames that are seen")
+    add("--canvas", 16, "side of the canvas, in pixels")
+    add("--frames", 14, "frames of a video")
+    add("--context", 8, "frames that are seen first")
     add("--batch", 8, "videos in a step")
-    options.add_argument("--all", action="store_true", help="all variants, and as many steps too")
-    options.add_argument("--validate", action="store_true", help="on validation digits, to choose by")
+    options.add_argument("--all", action="store_true", help="all variants; tables for equal steps too")
+    options.add_argument("--validate", action="store_true", help="test on validation digits, to tune")
     arguments = parse(options, seeds=[0, 1], steps=8, finetune=8, hidden=4)
     if arguments.canvas < 10:
         options.error("--canvas should be at least 10: a digit has 8 pixels, and moves")

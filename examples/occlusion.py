@@ -2,21 +2,19 @@
 
 A scanned digit (scikit-learn's) moves along a corridor, a pixel a frame, to the right or to the left. In
 the middle is a screen. A zero-padded ConvLSTM sees the video until the last frame in which the digit is
-hidden; what comes out at the other side it has to foretell. While the digit is hidden nothing tells what
-it looks like, or where it is: both have to be carried along for T steps. The corridor is as long as T asks
-for.
+hidden, and has to predict what comes out. While the digit is hidden nothing shows its shape or place: both
+have to be remembered for T steps. The corridor's length grows with T.
 
     python examples/occlusion.py --out DIR
 
-trains the original and its variants (`convlstm.py` says what they are): `fresh` from the beginning, with
-each T; and `trained`, made of an original that was trained with the least T, and fine-tuned with the next,
-then with the longest. (The moving memory has been trained with the least T itself, for as long.) All have
-the same seconds.
+trains the original and its variants (see `convlstm.py`): `fresh` from scratch, with each T; and `trained`,
+made from an original trained with the least T, fine-tuned with the next and then the longest. (The moving
+memory itself was trained with the least T first.) All are trained for the same time.
 
-It prints a table: the squared error in drawing the digit where it comes out, on digits that were not
-trained on, over that of drawing the mean of all digits; means and standard deviations over the seeds. It
-writes occlusion.csv, a plot of gradients over time for the longest T, before and after training, and what
-was drawn. Settings are to be chosen with ``--validate``, which takes other digits.
+It prints a table: the squared error of the digit drawn where it comes out, on unseen digits, over that of
+the mean of all digits; means and standard deviations over the seeds. It writes occlusion.csv, a plot of
+gradients over time for the longest T, before and after training, and what was drawn. Choose settings with
+``--validate``, which tests on other digits.
 """
 
 import time
@@ -273,17 +271,17 @@ def main() -> None:
     def add_several(name: str, default: list[int], text: str) -> None:
         options.add_argument(name, type=positive, nargs=3, default=default, metavar="N", help=text)
 
-    add_several("--delays", [5, 20, 50], "T, the least first: the trained original has it")
-    add_several("--steps", [1200, 600, 300], "of Adam, of the original from the beginning")
+    add_several("--delays", [5, 20, 50], "T, the least first, with which the trained original is trained")
+    add_several("--steps", [1200, 600, 300], "training steps of the original from scratch, for each T")
     options.add_argument("--finetune", type=positive, nargs=2, default=[200, 150], metavar="N",
-                         help="of Adam, of the trained original, with the longer delays")  # fmt: skip
-    add("--lr", 3e-2, "highest learning rate from the beginning")
+                         help="fine-tuning steps of the trained original, for each longer T")  # fmt: skip
+    add("--lr", 3e-2, "highest learning rate from scratch")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
     add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")
     add("--hidden", 16, "channels of the state")
     add("--batch", 8, "videos in a step")
     options.add_argument("--all", action="store_true", help="all variants")
-    options.add_argument("--validate", action="store_true", help="on validation digits, to choose by")
+    options.add_argument("--validate", action="store_true", help="test on validation digits, to tune")
     arguments = parse(options, seeds=[0, 1], delays=[1, 2, 3], steps=[8, 8, 8], finetune=[4, 4], hidden=4)
     shortest, *longer = arguments.delays
     if sorted(arguments.delays) != arguments.delays:

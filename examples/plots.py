@@ -46,7 +46,7 @@ def main() -> None:
     """Draw both figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the figures")
-    parser.add_argument("--steps", type=int, default=200, help="of the recurrent network")
+    parser.add_argument("--steps", type=int, default=200, help="time steps of the recurrent network")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 

@@ -1,9 +1,9 @@
 """An ordinary CNN for scanned digits (scikit-learn's), beside the same one with orthogonal convolutions.
 
-It prints the accuracy on digits that were not trained on, clean and with noise, mean and standard
-deviation over the seeds; and how far the operator of each convolution is from orthogonal at the size that
-it is fed: the largest ``|singular value - 1|``, for the first seed. A network whose layers keep norms
-cannot sharpen small differences: it is less accurate on clean digits, and more on noisy ones.
+It prints the accuracy on unseen digits, clean and with noise, mean and standard deviation over the seeds;
+and how far the operator of each convolution is from orthogonal at the size that it is fed: the largest
+``|singular value - 1|``, for the first seed. A network whose layers keep norms cannot sharpen small
+differences: it is less accurate on clean digits, and more on noisy ones.
 """
 
 import argparse
@@ -58,10 +58,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
-    parser.add_argument("--method", choices=get_args(Method), default="split", help="of `orthogonal`")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds, one network each"
+    )
+    parser.add_argument(
+        "--method", choices=get_args(Method), default="split", help="method of `orthogonal`"
+    )
     boundaries = ["walls", "circular"]
-    parser.add_argument("--boundary", choices=boundaries, default="walls", help="of `orthogonal`")
+    parser.add_argument("--boundary", choices=boundaries, default="walls", help="boundary of `orthogonal`")
     options = parser.parse_args()
 
     digits = load_digits()

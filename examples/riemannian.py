@@ -148,12 +148,12 @@ def main() -> None:
             name, type=type(default), default=default, help=f"{text} (default: %(default)s)"
         )
 
-    add("--steps", 300, "of each solver")
-    add("--channels", 4, "of the kernel")
-    add("--side", 8, "of the domain, in pixels")
-    add("--images", 64, "pairs of them")
+    add("--steps", 300, "steps of each solver")
+    add("--channels", 4, "channels of the kernel")
+    add("--side", 8, "side of the images, in pixels")
+    add("--images", 64, "pairs of images")
     add("--spread", 0.1, "how far the answer is from the identity")
-    add("--seed", 0, "of everything random")
+    add("--seed", 0, "random seed")
     add("--out", Path("results"), "folder to write to")
     arguments = parser.parse_args()
     plt.switch_backend("agg")  # pictures go to files

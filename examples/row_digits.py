@@ -1,14 +1,14 @@
 """Digits read a row, or a pixel at a time: convolutional recurrent nets on a ring, and a dense one.
 
-Real scanned digits (scikit-learn's, 8x8) come as 8 frames, the rows, on a periodic 1-d lattice of 8
-sites; then as 64 frames of one pixel, in an order drawn once, which enters at the first site (the others
-are fed zero). With ``--boundary walls`` the lattice ends: the orthogonal networks then lose nothing there,
-and all other convolutions are zero-padded. At the end a linear map tells the digit from what the network
-puts out at all sites: of ours its modulus, which is what phi acts on. All networks have about as many
-parameters (split ones fewer); the dense one, geotorch's orthogonal expRNN, sees a frame as a vector. Each
-is trained by Adam for equally many steps, with each learning rate of the grid and each seed, on 1300
-digits; reported is the accuracy on 297 others, with the rate that is best on 200 more. (What is orthogonal
-is trained at 8/T of the rate, T the number of frames.)
+Real scanned digits (scikit-learn's, 8x8) come as 8 frames, the rows, on a periodic 1-d lattice of 8 sites;
+then as 64 frames of one pixel, in an order drawn once, which enters at the first site (the others are fed
+zero). With ``--boundary walls`` the lattice ends: the orthogonal networks then lose nothing there, and all
+other convolutions are zero-padded. At the end a linear map classifies the digit by the outputs at all sites
+(of the orthogonal and unitary networks: by their moduli, on which phi acts). All networks have about as
+many parameters (split ones fewer); the dense one, geotorch's orthogonal expRNN, sees a frame as a vector.
+Each is trained by Adam for equally many steps, with each learning rate of the grid and each seed, on 1300
+digits; the accuracy is that on 297 test digits, at the rate that is best on 200 validation digits.
+(Orthogonal parts are trained at 8/T of the rate, with T frames.)
 
     python examples/row_digits.py --out DIR
 
@@ -180,15 +180,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Run the program."""
     options = parser(__doc__)
-    options.add_argument("--rates", type=float, nargs="+", default=RATES, help="of learning")
-    help_of_steps = "of Adam, with rows and with pixels"
+    options.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the grid")
+    help_of_steps = "training steps, with rows and with pixels"
     default = list(STEPS.values())
     options.add_argument(
         "--steps", type=positive, nargs=2, default=default, metavar="N", help=help_of_steps
     )
     help_of_tasks = "how digits are read"
     options.add_argument("--tasks", choices=FRAMES, nargs="+", default=[*FRAMES], help=help_of_tasks)
-    options.add_argument("--batch", type=positive, default=32, help="digits at once")
+    options.add_argument("--batch", type=positive, default=32, help="digits in a step")
     add_method_and_boundary(options)
     arguments = parse(options, seeds=[0, 1], rates=[1e-2, 3e-2], steps=[60, 10])
     steps = dict(zip(FRAMES, arguments.steps, strict=True))
