@@ -206,7 +206,7 @@ class ConvExponential(Registered):
 
     @property
     def effort(self) -> tuple[int, int] | None:
-        """What two ways cost: frequencies of the compact kernel, and terms of its generator's series.
+        """Frequencies of the compact kernel, and terms of its generator's series: what either way costs.
 
         None unless ``domain="any"``, the norm is known, and the series has few enough terms.
         """
