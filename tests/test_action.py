@@ -781,7 +781,7 @@ def test_another_parametrization_on_top_is_refused():
     [
         (64, 1, 32, 1, "series"),
         (64, 2, 32, 8, "series"),
-        (128, 2, 32, 8, "series"),
+        pytest.param(128, 2, 32, 8, "series", marks=pytest.mark.slow),
         (64, 1, 32, 32, "spectral"),
         (16, 1, 64, 8, "spectral"),
         (24, 1, 48, 24, "spectral"),

@@ -727,7 +727,7 @@ def test_compiled_whole(way):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("raises", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_in_parts_nothing_is_kept(raises):
     class Broken(ConvLSTM):
         def forward(self, video):

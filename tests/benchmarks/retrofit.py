@@ -105,9 +105,8 @@ def call(layers: int) -> None:
 
 def steps(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
     """Print how long a step of training takes."""
-    print(
-        "\n| hidden, taps, side, batch | plain, ms | walls, annealing | walls, annealed | circular, annealing | circular, annealed |"
-    )
+    columns = [f"{boundary}, {when}" for boundary in ("walls", "circular") for when in [*WAYS][1:]]
+    print(f"\n| hidden, taps, side, batch | plain, ms | {' | '.join(columns)} |")
     print("| --- | --- | --- | --- | --- | --- |")
     for size in sizes:
         ratios, plain = [], 0.0
