@@ -72,6 +72,8 @@ def translate(module: Any, state_dict: dict[str, Any], prefix: str, error_msgs: 
     different = made.difference(state_dict, stack + "0.")
     if different is not None:
         error_msgs.append(f"{prefix}weight: {different}")
+        for key in [key for key in state_dict if key.startswith(stack)]:  # else it is refused once more
+            del state_dict[key]
         state_dict |= {prefix + key: value for key, value in module.state_dict(keep_vars=True).items()}
     if prefix + "weight" not in state_dict:
         return

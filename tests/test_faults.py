@@ -1230,8 +1230,9 @@ def test_a_checkpoint_from_the_middle_of_annealing_is_refused_without_annealing(
     orthoconv_param.set_orthogonality(annealed, 0.5)
     x = torch.randn(2, 4, 6, 6)
     before = other(x)
-    with pytest.raises(RuntimeError, match=f"{names}.*final=True"):
+    with pytest.raises(RuntimeError, match=f"0.weight: .*{names}.*final=True") as refused:
         other.load_state_dict(annealed.state_dict(), strict=strict)
+    assert str(refused.value).count("still being annealed") == 1
     close(other(x), before)
     orthoconv_param.set_orthogonality(annealed, 1, final=True)
     other.load_state_dict(annealed.state_dict(), strict=strict)
