@@ -29,10 +29,10 @@ def recurrent_blocks(
 ) -> dict[str, list[Block]]:
     """Find the blocks of a recurrent model's weights that map a state to a state.
 
-    The model is run on the example. An input channel of a convolution is its state if the convolution's own
-    earlier output reaches it through gates, sums, normalisations and the like, but no other convolution or
-    linear layer. A convolution that only reads another one's state and acts on that, as a reset gate, has
-    this state too.
+    The model is run on the example. An input channel carries a convolution's state if that convolution's
+    earlier output reaches the channel through gates, sums, normalisations and the like, but through no
+    other convolution or linear layer. A convolution that reads another one's state and only gates that,
+    such as a reset gate, shares it.
 
     Args:
         model: any module, whose call runs through two steps of time or more.
@@ -50,8 +50,8 @@ def recurrent_blocks(
         TypeError, ValueError: if no convolution is called twice, if a second run gives other values, or if
             values are not finite.
 
-    Cost: one call of the model, and runs that compute no convolution: two; one more for each convolution
-    that is called repeatedly; for each with a state, one per gate and one or two more.
+    Cost: one call of the model, and runs without convolutions: two; one for each convolution that is called
+    repeatedly; and for each that has a state one per gate, and one or two more.
 
     Example:
         >>> import torch

@@ -53,27 +53,27 @@ def retrofit(
     Args:
         model: any module. Its convolutions' paddings should keep the size.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of
-            keyword arguments. (A tuple or list that its forward cannot take as arguments is its only
-            argument.) The model is called in evaluation mode, without gradients. Afterwards it, states that
-            it stores on itself, and random generators are as before.
+            keyword arguments. (If its forward cannot take them separately, a tuple or list is one
+            argument.) The model is called in evaluation mode, without gradients. Its mode, the states that
+            it stores and the random generators are then restored.
         select: which convolutions: names as in ``model.named_modules()``, with ``*`` and ``?``, or a
             function of ``(name, module)``. Default: those that ``blocks`` name, or all.
         blocks: the blocks of weights that are to be orthogonal; the rest of a weight stays free.
             ``"recurrent"``: those that `recurrent_blocks` finds, except in convolutions that are orthogonal
             already, unless ``select`` names them. Or a dict from names, with ``*`` and ``?``, to lists of
             pairs of slices ``(out, in)`` of the weight's first two axes, all of one size.
-            `functional.gate_blocks` gives those of a cell. Blocks that read channels without state are made
-            too, with a warning if the example shows it. Default: whole weights.
-        method: ``"split"``: one ``k x k`` convolution at every ``t``, with its edges mended between walls.
+            `functional.gate_blocks` gives those of a cell. Blocks of channels without state are allowed,
+            with a warning if that is seen. Default: whole weights.
+        method: ``"split"``: one ``k x k`` convolution at every ``t``, its edges corrected between walls.
             Or ``"exponential"``: more freedom; between walls 7 or more convolutions, otherwise only images
-            of the example's size. See `orthogonal`. Used for one channel per group with either method.
+            of the example's size. See `orthogonal`. With one channel per group it is always used.
         boundary: ``"circular"``, ``"zeros"`` or ``"walls"``. Default: circular convolutions stay circular,
             zero-padded ones get walls. That changes nothing at ``t = 0``, whereas turning zero padding
             circular, or circular padding into walls or zeros, does. With ``"zeros"`` they never become
             orthogonal: see `orthogonal`.
         anneal: True to start from the pretrained operators themselves, False from ``Q``.
         replace: True to remove ``spectral_norm`` and ``weight_norm``, old or new, from selected weights,
-            which keep their values of evaluation mode.
+            fixed at their values in evaluation mode.
 
     Returns:
         ``model``.
@@ -91,12 +91,12 @@ def retrofit(
         UserWarning: if a normalisation directly follows a convolution with blocks: it rescales the state
             that they should keep. And for blocks that `recurrent_blocks` leaves alone.
 
-    **When it pays.** Where something is to be kept over many steps, and most from the beginning of
-    training: call it on the new model, with ``anneal=False``. A trained model that is fine-tuned on its old
-    task gains little or nothing. See ``examples/README.md`` for what was measured.
+    **When it pays.** Where something is to be kept over many steps, and most in new models: call it before
+    training, with ``anneal=False``. A trained model that is fine-tuned on its old task gains little or
+    nothing. See ``examples/README.md`` for what was measured.
 
     **Polar annealing.** ``method="exponential"`` with a circular boundary or zeros accepts images of one
-    size only, and follows a better path. If the pretrained operator is ``U S V^H`` at each frequency, the
+    size only, and follows another path. If the pretrained operator is ``U S V^H`` at each frequency, the
     operator at ``t`` is
 
         U exp(A) S^(1-t) V^H,
@@ -111,15 +111,15 @@ def retrofit(
     Kernels are computed again under ``torch.utils.checkpoint``, and after a backward pass or a change of
     the parameters within the call.
 
-    **Optimizers.** Make a new one. One that was made before, and does not hold the parameters that replace
-    a weight, raises ``RuntimeError`` at its next step. (A whole weight that is exponentiated stays the same
-    parameter.) `generators` returns those that may want a learning rate of their own.
+    **Optimizers.** Make a new one. An old one raises ``RuntimeError`` at its next step where new parameters
+    replace a weight. (Whole weights stay the same parameter; split kernels reshape it.) `generators`
+    returns those that may want a learning rate of their own.
 
     **Checkpoints.** A checkpoint of the retrofitted model holds ``t``, method, boundary and blocks, and
     loads into a model that was retrofitted in the same way. Checkpoints of the plain model, with or without
     norms, load too: the model restarts from these weights at ``t = 0``, or near them once annealing has
-    ended. So does assigning a weight while ``t < 1``. (With the exponential between walls, assigning sets
-    the blocks' generator and leaves ``t``.) `geotorch.utils.update_base` changes nothing that the model
+    ended. Assigning a weight while ``t < 1`` sets ``t = 0``. (With the exponential between walls, assigning
+    sets the blocks' generator and leaves ``t``.) `geotorch.utils.update_base` keeps what the model
     computes. A whole model is saved by ``torch.save`` only after ``remove_parametrizations`` of all its
     convolutions.
 
@@ -127,7 +127,7 @@ def retrofit(
     one near the weight, a quarter of a second for 64 channels and 3x3 taps. A split model trains as fast as
     the plain one, but for its edges between walls: 1.2 to 1.4 times the time with 3x3 taps, from 64
     channels or 32x32 images on. Until annealing ends the pretrained blocks are stored. After it a split 3x3
-    kernel has at most 0.7 times the plain parameters.
+    kernel stores 0.72 times as many numbers as the plain one.
 
     Example:
         >>> import torch
@@ -209,7 +209,7 @@ def set_orthogonality(model: nn.Module, t: float, *, final: bool = False) -> Non
 
     Raises:
         TypeError, ValueError: if ``t`` is not from 0 to 1, or is not 1 with ``final``; if no
-            convolution of the model is being annealed (where all are orthogonal, ``t = 1`` does nothing).
+            convolution of the model is being annealed (where one is orthogonal, ``t = 1`` does nothing).
 
     For an averaged copy (`torch.optim.swa_utils.AveragedModel`), annealing has to be ended by a call of its
     own. Otherwise the copy's next update finds buffers that are not there.

@@ -31,8 +31,8 @@ def expm_skew(A: Tensor) -> Tensor:
 
     Returns:
         ``(..., n, n)``, of the dtype of ``A``, unitary to ``10 * n * eps`` at every norm up to 1e9 (double
-        precision: 1e70; on a GPU see below). A matrix is NaN beyond that norm, and where ``A`` is not
-        finite. The error of the values grows as ``eps * norm(A)``, as it must.
+        precision: 1e70; on a GPU see below). Beyond that norm, and where ``A`` is not finite, the result
+        is NaN. The error of the values grows as ``eps * norm(A)``, as it must.
 
         On a GPU nothing waits for the device. Up to size 32 with triton installed, each matrix gets the
         squarings that it needs. Otherwise all get those of norm 1e4, and a larger norm gives NaN.

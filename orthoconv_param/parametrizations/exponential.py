@@ -67,8 +67,8 @@ class ConvExponential(Registered):
             ``conv.weight = W`` sets the base, and ``geotorch.utils.update_base`` works. Default: True,
             except for ``"any"``, which has none. ``False`` (``domain=None``, ``out = in * s^d``): the
             weight is the exponential itself; assigning takes the logarithm.
-        tol: for ``"any"``: bound on the operator's defect, at every size. Default: 1e-6, with which 1000
-            linear steps keep the norm to 1e-3, in double precision 1e-12, in half precision 1e-4. A looser
+        tol: for ``"any"``: bound on the operator's defect, at every size. Default: 1e-6 (1000 linear
+            steps keep the norm to 1e-3); in double precision 1e-12, in half precision 1e-4. A looser
             one is cheaper: ``K`` is smaller. In single precision, part of the work is done in double if
             ``tol < 1e-6``, and all of it at norms above ``1e7 tol``.
 

@@ -35,8 +35,8 @@ class SplitExponential(Registered):
         weight = C_n S_n C_(n-1) ... S_1 C_0,    W(w)^H W(w) = I at every frequency w
 
     (``W W^H = I`` where that is wide). The coins ``C = base * exp(skew(X))`` act on one pixel's channels.
-    The pairs ``S = L exp([[0, -K^H], [K, 0]]) L^H``, ``K`` free and ``L`` a shift of half of the channels
-    by a pixel, join these with the other half. Each pair has three taps on one axis of space, so that the
+    The pairs ``S = L exp([[0, -Y^H], [Y, 0]]) L^H`` (``Y`` free; ``L`` shifts half of the channels by a
+    pixel) join the two halves. Each pair has three taps on one axis of space, so that the
     weight keeps its ``k x k`` taps, and its operator is orthogonal on periodic images of **every** size:
 
         register_parametrization(conv, "weight", SplitExponential())
@@ -48,8 +48,8 @@ class SplitExponential(Registered):
     ``4.5 m^2``. It contains the identity if ``k`` is odd, in and out channels are equal and the stride is
     1. One channel per group would leave only shifts: use `ConvExponential`.
 
-    The generator, the free parameter, holds those of all factors in one tensor of one axis, of the dtype of
-    the weight that it replaces. It may have any values. Its size is not the weight's. So call
+    The generator, the trained parameter, is one tensor of one axis for all factors, of the dtype of the
+    weight that it replaces. It may have any values. Its size is not the weight's. So call
     ``zero_grad(set_to_none=True)`` before registration and before ``remove_parametrizations``, and make a
     new optimizer afterwards.
 
