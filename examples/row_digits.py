@@ -160,7 +160,8 @@ def accuracies_of(rows: list[dict[str, Any]], task: str, name: str) -> list[floa
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw a dot for each seed, and a line at their mean."""
     names = list(dict.fromkeys(row["network"] for row in rows))
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    measured = {row["task"] for row in rows}
+    tasks = [task for task in FRAMES if task in measured]
     size = (1.5 + 4.75 * len(tasks), 3.5)
     figure, panels = plt.subplots(
         1, len(tasks), figsize=size, layout="constrained", sharey=True, squeeze=False
