@@ -22,7 +22,7 @@ from .parametrizations.exponential import ConvExponential
 from .parametrizations.split import SplitExponential
 from .parametrizations.walled import WalledGenerator
 from .split.chain import Chain
-from .torus.boundary import BOUNDARIES, CIRCULAR, Boundary, Walls, boundary_named, boundary_of
+from .torus.boundary import BOUNDARIES, CIRCULAR, Boundary, Walls, Zeros, boundary_named, boundary_of
 from .torus.geometry import CONVOLUTIONS, Geometry, torch_class
 from .torus.lattice import Lattice, Placement
 
@@ -205,7 +205,8 @@ def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str
     """Give a convolution a split kernel.
 
     The module keeps torch's own forward where that computes the operator: with circular or zero padding,
-    and between walls if the kernel is patches alone, which no wall cuts.
+    and between walls if the kernel is patches alone, which no wall cuts. With a stride it does not: torch
+    takes images that the stride does not divide, on which the operator is not orthogonal.
 
     Raises:
         TypeError, ValueError: as `orthogonal` does.
@@ -227,10 +228,15 @@ def _split(module: Any, name: str, domain: Any, boundary: str | None, owner: str
     geometry = with_taps_of(chain, whole)
     # torch's transposed convolutions know zero padding only
     torchs = not edges.has_walls and not (edges.is_periodic and whole.transposed)
-    if not torchs and not chain.is_within_patches(geometry):
+    if checks_size(whole, edges) or not (torchs or chain.is_within_patches(geometry)):
         install(module, parametrization, Action(geometry, edges, None, whole.dilation))
     else:
         install(module, parametrization, None, **padding(module, geometry, edges))
+
+
+def checks_size(geometry: Geometry, edges: Boundary) -> bool:
+    """Return True if a convolution has to refuse images: those that its stride does not divide."""
+    return max(geometry.stride) > 1 and not geometry.transposed and edges.name != Zeros.name
 
 
 def with_taps_of(chain: Chain, whole: Geometry) -> Geometry:
@@ -419,6 +425,8 @@ def check_module(module: Any, name: str) -> None:
             why = f", a buffer: del module.{name}, then module.{name} = nn.Parameter(...)"
         elif name == "weight":
             why = ", which hooks compute: remove spectral_norm, weight_norm or prune first"
+        elif name in ("exponential", "split"):
+            why = f": write method={name!r}"
         raise ValueError(
             f"name should be that of a parameter: {[*runtime.parameters_of(module)]}. Found {name!r}{why}"
         )

@@ -180,6 +180,9 @@ def leave(module: Any, base: type[nn.Module], installed: Installed | None) -> No
                 action.boundary.attributes(tuple(weight.shape[2:]), action.geometry, action.dilation)
             )
             share = made.progress if isinstance(made, Annealing) else 1.0
+            if share == 1 and partition is None and not edges.mended.axes:  # no tap crosses an edge
+                runtime.leave_class(module, base)
+                return
             walled.become(module, edges.mended, action.geometry, share, partition)
             runtime.leave_class(module, walled.WalledConvolution)
         else:  # the generator, without its meaning

@@ -276,6 +276,13 @@ def _chosen(
                 'blocks="recurrent" should find convolutions that read their own earlier output, through '
                 f"gates and sums. Found none among {[*chosen]}: name the blocks instead"
             )
+        named = [select] if isinstance(select, str) else select
+        vain = [] if callable(named) else [name for name in named or () if name in {*chosen} - {*stacked}]
+        if vain:
+            raise ValueError(
+                'with blocks="recurrent" select should name convolutions with recurrent blocks. Found none '
+                f"in {vain}: call retrofit once more for these, without blocks"
+            )
     else:
         stacked = by_name(model, blocks, everything)
         left_out = [name for name in stacked if name not in chosen]

@@ -117,7 +117,33 @@ def convolve_walled(
     return y.squeeze(0) if single else y
 
 
-class WalledConvolution(nn.Module):
+class Guarded(nn.Module):
+    """A module whose weight is not all that it convolves with: nothing may be folded into it, or pruned."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and not self.__dict__.get("loading", False):
+            raise TypeError(self._way_to_assign())
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, but not the one that pruning begins with."""
+        if name == "weight_orig":
+            raise TypeError(self._way_to_assign())
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["loading"] = True  # with assign=True torch sets attributes
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            del self.__dict__["loading"]
+
+    def _way_to_assign(self) -> str:
+        """Say what to do instead of assigning the weight."""
+        raise NotImplementedError
+
+
+class WalledConvolution(Guarded):
     """A convolution that is orthogonal between walls, with an ordinary weight.
 
     It is no ``nn.Conv2d``: nothing may be folded into its weight alone, since that does not reach its
@@ -145,20 +171,11 @@ class WalledConvolution(nn.Module):
             self.transposed, self.share, self.channels,
         )  # fmt: skip
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and not self.__dict__.get("loading", False):
-            raise TypeError(
-                "weight should not be assigned without edges, which belong to it: load both by "
-                "load_state_dict, or change the module before remove_parametrizations. Found it alone"
-            )
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.__dict__["loading"] = True  # with assign=True torch sets attributes
-        try:
-            super()._load_from_state_dict(*args)
-        finally:
-            del self.__dict__["loading"]
+    def _way_to_assign(self) -> str:
+        return (
+            "weight should not be assigned without edges, which belong to it: load both by "
+            "load_state_dict, or change the module before remove_parametrizations. Found it alone"
+        )
 
     def extra_repr(self) -> str:
         """Say what ``print`` says of the module."""

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import runtime
 from .action import recurrence
@@ -11,10 +11,12 @@ from .action.generator import few_of
 from .action.skew import Layout, entering, leaving, skew_kernel
 from .checks import at_least_single
 from .operators.operator import Action
+from .parametrizations import signature
 from .parametrizations.annealed import Interpolating
 from .parametrizations.partition import Partition
 from .parametrizations.walled import Norm, WalledGenerator, projected
 from .torus.geometry import added, convolve, convolve_as_torch, convolve_transposed, folded, sized, wrapped
+from .walled import Guarded
 
 
 def become(module: Any, made: WalledGenerator, partition: Partition | None, action: Action) -> None:
@@ -237,7 +239,10 @@ def _by_hand(
     return recurrence.applied(rule, x, *B)
 
 
-class WalledExponential(nn.Module):
+_SIGNATURE = {"weight": "generator"}
+
+
+class WalledExponential(Guarded):
     """A convolution whose exponential acts on images of every size, with an ordinary weight.
 
         module(x) = exp(T) x + bias,    T the zero-padded convolution with the weight's skew part
@@ -246,13 +251,14 @@ class WalledExponential(nn.Module):
     generator, and the rest is an ordinary kernel. If it was on its way from a pretrained weight, that is
     applied too, with the share that it had.
 
-    It is no ``nn.Conv2d``: nothing may be folded into its weight. Made by
+    It is no ``nn.Conv2d``: nothing may be folded into its weight, nor can that be pruned. Made by
     ``torch.nn.utils.parametrize.remove_parametrizations`` of what ``orthogonal(..., boundary="walls")`` or
-    `retrofit` has made. **Whatever its weight is, the operator is orthogonal**: after training, loading and
-    assignment too. The number of terms follows the weight's norm at each ordinary call. In what is
-    compiled, exported, scripted or traced it is that of the last call, load or move before: the result is
-    wrong where the weight's norm has grown since by other means, as by an optimizer. Call the module once
-    before.
+    `retrofit` has made. **Whatever its weight is, the operator is orthogonal**: after training and loading
+    too. Assigning another parameter raises ``TypeError``, as what folds a batch norm into it does; values
+    are changed in place. Its checkpoint does not load into a plain convolution, nor the reverse. The number
+    of terms follows the weight's norm at each ordinary call. In what is compiled, exported, scripted or
+    traced it is that of the last call, load or move before: the result is wrong where the weight's norm has
+    grown since by other means, as by an optimizer. Call the module once before.
     """
 
     if TYPE_CHECKING:  # TorchScript would read it
@@ -303,8 +309,29 @@ class WalledExponential(nn.Module):
         follow(self)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _way_to_assign(self) -> str:
+        return (
+            "weight should not be replaced: it is the generator of an exponential, no kernel. Change its "
+            "values by load_state_dict or in place, or the module before remove_parametrizations"
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """Return what a plain convolution's checkpoint does not have."""
+        return signature.encode(_SIGNATURE)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Do nothing: it has been looked at before."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + runtime.EXTRA_STATE
+        if prefix + "weight" in state_dict and signature.decode(state_dict.get(key)) != _SIGNATURE:
+            *_, error_msgs = args
+            error_msgs.append(
+                f"{prefix}weight: the checkpoint should hold a generator. Found a plain weight: load it "
+                "before remove_parametrizations"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         follow(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WalledExponential":

@@ -7,7 +7,15 @@ from typing import Any
 from torch import nn
 
 from .checks import Size, check_finite
-from .convert import Conversion, boundary_by_default, check_module, geometry_of, padding, with_taps_of
+from .convert import (
+    Conversion,
+    boundary_by_default,
+    check_module,
+    checks_size,
+    geometry_of,
+    padding,
+    with_taps_of,
+)
 from .module import install
 from .operators.operator import Action
 from .parametrizations.annealed import Annealed, AnnealedGenerator, AnnealedSplit
@@ -124,6 +132,7 @@ class Way:
         """Return the way ``(1 - t) W + t Q``, on images of every size."""
         whole = geometry_of(module)
         part = (*whole.size[:2], whole.groups) if partition is None else partition.part
+        _check_divisible(seen, whole, edges)
         whole.check_existence((*part[:2], *whole.taps), part[2])
         geometry = replace(whole, size=(*part[:2], *whole.taps), groups=part[2], transposed=False)
         sees = max(whole.placement.reach(whole.taps, whole.stride)) > 0  # beyond its patch
@@ -138,7 +147,8 @@ class Way:
             made = AnnealedSplit.placed(geometry, edges.has_walls, owner, context)
             chain = Chain.of(geometry, edges.has_walls)
             alone = chain.is_within_patches(with_taps_of(chain, geometry))
-            if alone if edges.has_walls else not (edges.is_periodic and whole.transposed):
+            torchs = alone if edges.has_walls else not (edges.is_periodic and whole.transposed)
+            if torchs and not checks_size(whole, edges):
                 action = None
                 if max(whole.taps) > 1:  # which sees a boundary
                     attributes = padding(module, whole, edges)
@@ -155,6 +165,20 @@ def _is_scalar(geometry: Geometry) -> bool:
     """Return True if pairs act on one channel in each group: such kernels are nothing but shifts."""
     rows = geometry.size[0] // geometry.groups if max(geometry.stride) == 1 else 1
     return max(rows, geometry.size[1]) == 1
+
+
+def _check_divisible(seen: list[Size], geometry: Geometry, edges: Boundary) -> None:
+    """Raise if the stride does not divide the example's images, on which nothing could be orthogonal.
+
+    Raises:
+        ValueError: then.
+    """
+    for size in seen if checks_size(geometry, edges) else ():
+        if any(n % s for n, s in zip(size, geometry.stride, strict=True)):
+            raise ValueError(
+                f"its images should be of a size divisible by the stride {geometry.stride}: pad them, or "
+                f"leave it out by select. Found {size}"
+            )
 
 
 def _check_padding(seen: list[Size], geometry: Geometry, edges: Boundary) -> None:

@@ -13,7 +13,8 @@ from models import evaluated
 from oracles import defect, exponential_between_walls, operator, random
 from test_conversion import TOLERANCE, make
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthoconv_param import generators, orthogonal, orthogonality_defect
@@ -548,7 +549,7 @@ def test_what_removal_leaves_computes_the_same(kernel, options, domain, dtype, b
     y, single = module(x), module(x[0])
     parametrize.remove_parametrizations(module, "weight")
     assert type(module) is WalledExponential
-    assert sorted(module.state_dict()) == ["bias", *(["coin"] if base else []), "weight"]
+    assert sorted(module.state_dict()) == ["_extra_state", "bias", *(["coin"] if base else []), "weight"]
     close(module(x), y)
     close(module(x[0]), single)
     close(copy.deepcopy(module)(x), y)
@@ -570,7 +571,8 @@ def test_what_removal_leaves_computes_the_same(kernel, options, domain, dtype, b
 def test_what_removal_leaves_stays_orthogonal_whatever_its_weight_is():
     module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
     parametrize.remove_parametrizations(module, "weight")
-    module.weight = nn.Parameter(5 * torch.randn(4, 4, 3, 3))
+    with torch.no_grad():
+        module.weight.copy_(5 * torch.randn(4, 4, 3, 3))
     assert orthogonality_defect(module, (5, 4)) < 1e-5
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for _ in range(5):
@@ -579,12 +581,47 @@ def test_what_removal_leaves_stays_orthogonal_whatever_its_weight_is():
         optimizer.step()
     assert orthogonality_defect(module, (5, 4)) < 1e-5
     twin = copy.deepcopy(module)
-    twin.load_state_dict({key: 0.1 * value for key, value in module.state_dict().items()})
+    state = module.state_dict()
+    twin.load_state_dict({**state, "weight": 0.1 * state["weight"]})
     assert orthogonality_defect(twin, (5, 4)) < 1e-5
     with torch.no_grad():
         module.weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="should be finite"):
         module(torch.zeros(1, 4, 5, 5))
+
+
+@pytest.mark.parametrize("method", ["exponential", "split"])
+def test_nothing_is_folded_into_what_removal_leaves_between_walls(method):
+    module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), method=method, boundary="walls").eval()
+    x = torch.randn(2, 4, 6, 6)
+    y = module(x)
+    parametrize.remove_parametrizations(module, "weight")
+    names = [*module.state_dict()]
+    for fold in (
+        lambda: fuse_conv_bn_eval(module, nn.BatchNorm2d(4).eval()),
+        lambda: prune.l1_unstructured(module, "weight", amount=0.3),
+        lambda: setattr(module, "weight", nn.Parameter(torch.zeros(4, 4, 3, 3))),
+    ):
+        with pytest.raises(TypeError, match="weight should not be"):
+            fold()
+        assert [*module.state_dict()] == names
+        close(module(x), y)
+
+
+def test_a_generator_that_removal_leaves_is_no_plain_checkpoint():
+    module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
+    parametrize.remove_parametrizations(module, "weight")
+    plain, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, 6, 6)
+    y = module(x)
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        plain.load_state_dict(module.state_dict())
+    with pytest.raises(RuntimeError, match="should hold a generator"):
+        module.load_state_dict(nn.Conv2d(4, 4, 3, padding=1).state_dict())
+    close(module(x), y)
+    other = orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
+    parametrize.remove_parametrizations(other, "weight")
+    other.load_state_dict(module.state_dict())
+    close(other(x), y)
 
 
 def left(base=False, dtype=torch.float32, weight=None, **options):

@@ -352,6 +352,10 @@ def test_select_restricts_what_is_found_and_blocks_touch_only_what_they_name():
     assert made == ["convq1"]
     with pytest.raises(ValueError, match=r"Found none among \['encode'\]"):
         retrofit(make("GRU, separable")[0], example, blocks="recurrent", select="encode")
+    model = make("GRU, separable")[0]
+    with pytest.raises(ValueError, match=r"Found none in \['encode'\]: call retrofit once more"):
+        retrofit(model, example, blocks="recurrent", select=["convq1", "encode"])
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
 class _Moving(nn.Module):

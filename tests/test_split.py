@@ -725,3 +725,20 @@ def test_parameters_and_buffers_are_fewer_than_the_plain_layers():
         orthogonal(plain, method="split", boundary="walls")
         ours = sum(p.numel() for p in (*plain.parameters(), *plain.buffers()))
         assert ours < count
+
+
+@pytest.mark.parametrize("boundary", ["circular", "walls"])
+@pytest.mark.parametrize(
+    ("kind", "taps", "sides"), [(nn.Conv2d, 3, 2), (nn.Conv2d, 2, 2), (nn.Conv1d, 4, 1)]
+)
+def test_images_that_the_stride_does_not_divide_are_refused(kind, taps, sides, boundary):
+    conv = orthogonal(
+        kind(4, 8, taps, stride=2, padding=(taps - 1) // 2), method="split", boundary=boundary
+    )
+    x = torch.randn(1, 4, *(8,) * sides)
+    y = conv(x)
+    for side in (7, 9):
+        with pytest.raises(ValueError, match="divisible by the stride"):
+            conv(torch.randn(1, 4, *(side,) * sides))
+    parametrize.remove_parametrizations(conv, "weight")
+    close(conv(x), y)
