@@ -330,7 +330,18 @@ class Removed(nn.Module):
         return rebuild, (plain_class(type(self)),), self.__dict__
 
 
-def described(plain: str, action: Action) -> str:
-    """Add to the description of a convolution on what it is orthogonal."""
+def described(plain: str, action: Action, made: Any = None) -> str:
+    """Add to the description of a convolution what of it is orthogonal, and on what.
+
+    Args:
+        plain: the description.
+        action: of the convolution.
+        made: its parametrization, if it has one.
+    """
+    inner, what = (
+        (made.exponential, "blocks orthogonal") if isinstance(made, Blocks) else (made, "orthogonal")
+    )
+    if isinstance(inner, Annealing) and inner.t is not None and inner.progress < 1:
+        what = f"at t={inner.progress:.3g} on its way to {what}"
     where = "every domain" if action.domain is None else f"domain={action.domain}"
-    return f"{plain}, orthogonal on {where}, boundary={action.boundary.name!r}"
+    return f"{plain}, {what} on {where}, boundary={action.boundary.name!r}"

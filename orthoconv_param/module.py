@@ -151,7 +151,8 @@ def _let_evaluate(cls: Any, base: Any) -> None:
     def extra_repr(self: Any) -> str:
         """Say what ``print`` says of the module."""
         true = SimpleNamespace(**{**vars(self), "bias": self.bias, **attributes(self)})
-        return lifecycle.described(base.extra_repr(true), self.installed.action)
+        only = Parametrized(self.parametrizations["weight"]).only
+        return lifecycle.described(base.extra_repr(true), self.installed.action, only)
 
     cls.operator, cls.forward, cls.extra_repr = property(operator), forward, extra_repr
     for name in _TOLD:

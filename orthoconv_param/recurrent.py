@@ -35,7 +35,8 @@ def recurrent_blocks(
     such as a reset gate, shares it.
 
     Args:
-        model: any module, whose call runs through two steps of time or more.
+        model: any module, whose call runs through two steps of time or more. Three are better: a forget
+            gate of an initial state of zeros has no effect before the third. A warning says so.
         example_inputs: as of `retrofit`.
         rectangular: True to return blocks that read several states too, as ``2h -> h``. Their rows become
             orthonormal, ``Q Q^T = 1``. False: a warning names them, and others that are never returned:
@@ -122,7 +123,14 @@ def _blocks(module: Any, channels: list[int], states: "States") -> tuple[list[Bl
     gates = [slice(0, out)]
     if out % width == 0:
         gates = [slice(i, i + width) for i in range(0, out, width)]
-        gates = [gate for gate in gates if states.is_fed_by(module, gate)]
+        every, gates = gates, [gate for gate in gates if states.is_fed_by(module, gate)]
+        if len(gates) < len(every) and len(states.runs.first.outputs[module]) == 2:
+            unseen = {i for i in range(out) if not any(g.start <= i < g.stop for g in gates)}
+            warnings.warn(
+                f"output channels {_ranges(unseen)} of a convolution with a state reach none in two steps: "
+                "a gate of an initial state of zeros is seen at the third. Let the example have three",
+                stacklevel=3,
+            )
     why = None if width == count and out % width == 0 else "not square"
     across = slice(first, last)
     return [(across, gate) if module.transposed else (gate, across) for gate in gates], why

@@ -115,8 +115,9 @@ def between_walls(operator, domain: tuple[int, ...], dtype=torch.float64) -> Ten
         coins = [coin[g].detach().to(dtype) for coin in factors.coins]
         pairs = [pair.detach().to(dtype) for pair in factors.pairs[g]]
         last = coins.pop()
-        x = torch.einsum("ij,bj...->bi...", coins[0], x)
-        for step, coin in zip(chain.steps, [*coins[1:], None], strict=True):
+        if coins:  # else the kernel is patches alone
+            x = torch.einsum("ij,bj...->bi...", coins[0], x)
+        for step, coin in zip(chain.steps, [*coins[1:], None][: len(chain.steps)], strict=True):
             x = pair_between_walls(x, pairs.pop(0), 2 + step.axis, dilation[step.axis])
             if coin is not None:
                 x = torch.einsum("ij,bj...->bi...", coin, x)

@@ -1030,3 +1030,13 @@ def test_another_runtime_gives_the_same(method, t, dynamo, tmp_path):
     session = onnxruntime.InferenceSession(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: example.numpy()})
     close(torch.from_numpy(found), model(example), atol=1e-5, rtol=1e-4)
+
+
+def test_a_gate_that_two_steps_do_not_show_is_warned_of():
+    torch.manual_seed(0)
+    model = ConvLSTM("zeros")
+    with pytest.warns(UserWarning, match="seen at the third"):
+        two = recurrent_blocks(model, VIDEO[:, :2])
+    three = recurrent_blocks(model, VIDEO[:, :3])
+    assert len(two["gates"]) == 3
+    assert len(three["gates"]) == 4

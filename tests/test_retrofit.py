@@ -1029,3 +1029,16 @@ print(peak() - before)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     spectra = 20 * (36 * 19) * 64 * 64 * 8
     assert spectra < int(run.stdout) < 3 * spectra
+
+
+@pytest.mark.parametrize("blocks", [None, {"0": [(slice(0, 2), slice(0, 2))]}])
+def test_its_repr_says_what_is_orthogonal_yet(blocks):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    retrofit(model, torch.randn(1, 4, 6, 6), blocks=blocks)
+    what = "orthogonal" if blocks is None else "blocks orthogonal"
+    set_orthogonality(model, 0.4)
+    assert f", at t=0.4 on its way to {what} on domain=(6, 6)" in repr(model)
+    set_orthogonality(model, 1)
+    assert f", {what} on domain=(6, 6)" in repr(model)
+    set_orthogonality(model, 1, final=True)
+    assert f", {what} on domain=(6, 6)" in repr(model)

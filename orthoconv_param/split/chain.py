@@ -106,8 +106,8 @@ class Chain:
         if self.rows > seen and any(t < s for t, s in zip(self.patch, self.stride, strict=True)):
             raise ValueError(
                 f"each group should have at most {seen} output (transposed: input) channels, since a "
-                f"kernel of {geometry.taps} taps with stride {geometry.stride} skips samples. "
-                f"Found {self.rows}"
+                f"kernel of {geometry.taps} taps with stride {geometry.stride} skips samples: "
+                f"use {self.stride} taps or more. Found {self.rows}"
             )
 
     def is_within_patches(self, geometry: Geometry) -> bool:
