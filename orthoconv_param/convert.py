@@ -70,7 +70,8 @@ def orthogonal(
       initial values.
     - ``"split"``, by `SplitExponential`: the kernel is a product of exponentials with finitely many taps.
       It keeps its ``k x k`` taps, and costs little more than the plain one, but has about ``1.5 m^2``
-      degrees of freedom. A periodic module that is not transposed stays of torch's own class.
+      degrees of freedom. A periodic module of stride 1 that is not transposed stays of torch's
+      own class.
 
     Args:
         module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps
@@ -108,8 +109,8 @@ def orthogonal(
             or with a padding by which patches cross the edge); if the weight is not finite, or parametrized
             already; between walls, if ``triv`` is no smooth matrix function; if ``tol`` has no use. The
             module is then unchanged.
-            When called: if an image is not of the domain's size or not divisible by the stride (torch's own
-            class does not check that); with ``"any"``, if the spectral norm of the generator's skew part
+            When called: if an image is not of the domain's size or not divisible by the stride; with
+            ``"any"``, if the spectral norm of the generator's skew part
             has become too large. With ``"expm"`` that is above about 400 (of a 3x3 weight, 1023 taps a
             side), between walls above about 150 (200 terms).
 
