@@ -271,7 +271,7 @@ def test_blocks_that_read_the_state_raise_no_warning(name):
     model, example, blocks = make(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="what these convolutions give is normalised")
+        warnings.filterwarnings("ignore", message="a normalisation directly follows")
         retrofit(model, example, blocks=blocks)
 
 
