@@ -154,6 +154,9 @@ def sizes_of(module, boundary, larger=False):
 
 
 def trained(module, steps=25, rate=0.1):
+    single = max(module.weight.shape[2:]) == 1 and max(module.stride) > 1
+    if single and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("torch 2.13 aborts there, in the gradient of 1x1 convolutions with a stride")
     optimizer = torch.optim.Adam(module.parameters(), lr=rate)
     domain = tuple(8 * s for s in module.stride)
     size = [n // s for n, s in zip(domain, module.stride, strict=True)] if module.transposed else domain
