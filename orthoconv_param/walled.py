@@ -120,15 +120,17 @@ def convolve_walled(
 class Guarded(nn.Module):
     """A module whose weight is not all that it convolves with: nothing may be folded into it, or pruned."""
 
+    way_to_assign = ""  # what an error says is to be done instead
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and not self.__dict__.get("loading", False):
-            raise TypeError(self._way_to_assign())
+            raise TypeError(self.way_to_assign)
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, but not the one that pruning begins with."""
         if name == "weight_orig":
-            raise TypeError(self._way_to_assign())
+            raise TypeError(self.way_to_assign)
         super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -137,10 +139,6 @@ class Guarded(nn.Module):
             super()._load_from_state_dict(*args)
         finally:
             del self.__dict__["loading"]
-
-    def _way_to_assign(self) -> str:
-        """Say what to do instead of assigning the weight."""
-        raise NotImplementedError
 
 
 class WalledConvolution(Guarded):
@@ -152,6 +150,11 @@ class WalledConvolution(Guarded):
     ``weight``, ``edges`` and ``bias``. They are free: training them does not keep the operator orthogonal.
     Assigning the weight alone raises ``TypeError``, as what folds a batch norm into it does.
     """
+
+    way_to_assign = (
+        "weight should not be assigned without edges, which belong to it: load both by load_state_dict, or "
+        "change the module before remove_parametrizations. Found it alone"
+    )
 
     weight: Tensor
     edges: Tensor
@@ -170,12 +173,6 @@ class WalledConvolution(Guarded):
             input, self.weight, self.edges, self.bias, self.shapes, self.lines, self.steps, self.groups,
             self.transposed, self.share, self.channels,
         )  # fmt: skip
-
-    def _way_to_assign(self) -> str:
-        return (
-            "weight should not be assigned without edges, which belong to it: load both by "
-            "load_state_dict, or change the module before remove_parametrizations. Found it alone"
-        )
 
     def extra_repr(self) -> str:
         """Say what ``print`` says of the module."""

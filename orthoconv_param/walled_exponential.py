@@ -261,6 +261,10 @@ class WalledExponential(Guarded):
     grown since by other means, as by an optimizer. Call the module once before.
     """
 
+    way_to_assign = (
+        "weight should not be replaced: it is the generator of an exponential, no kernel. Change its "
+        "values by load_state_dict or in place, or the module before remove_parametrizations"
+    )
     if TYPE_CHECKING:  # TorchScript would read it
         norm: Norm
 
@@ -308,12 +312,6 @@ class WalledExponential(Guarded):
         """Let what is scripted have the terms that the present weight needs."""
         follow(self)
         return self
-
-    def _way_to_assign(self) -> str:
-        return (
-            "weight should not be replaced: it is the generator of an exponential, no kernel. Change its "
-            "values by load_state_dict or in place, or the module before remove_parametrizations"
-        )
 
     def get_extra_state(self) -> Tensor:
         """Return what a plain convolution's checkpoint does not have."""
