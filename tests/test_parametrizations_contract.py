@@ -5,6 +5,7 @@ A new parametrization takes part by an entry in `KINDS`.
 
 import copy
 import io
+import random as numbers
 from dataclasses import dataclass
 
 import geotorch
@@ -505,3 +506,38 @@ def test_removal_leaves_the_weight(kind, dtype):
     assert [*it.holder.state_dict()] == ["weight"]
     assert isinstance(it.holder.weight, nn.Parameter)
     assert torch.equal(it.holder.weight, weight)
+
+
+def blocks_anywhere(draw):
+    """Blocks of one size anywhere in the groups of a weight, and the weight's size and groups."""
+    groups = draw.choice([1, 2])
+    height, width = draw.randint(1, 6), draw.randint(1, 6)
+    rows, columns = draw.randint(1, height), draw.randint(1, width)
+    taken, blocks = torch.zeros(groups * height, width, dtype=torch.bool), []
+    for _ in range(6):
+        group, top, left = (
+            draw.randrange(groups),
+            draw.randint(0, height - rows),
+            draw.randint(0, width - columns),
+        )
+        block = slice(group * height + top, group * height + top + rows), slice(left, left + columns)
+        if not taken[block].any():
+            taken[block] = True
+            blocks.append(block)
+    return blocks, (groups * height, width, 2), groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_and_the_rest_are_the_weight_that_they_were_read_from(seed):
+    blocks, size, groups = blocks_anywhere(numbers.Random(seed))
+    partition = Partition(blocks, size, groups)
+    W = torch.randn(size, dtype=torch.float64)
+    stacked, rest = partition.stacked(W).requires_grad_(), partition.rest(W).requires_grad_()
+    assert torch.equal(partition.assembled(stacked, rest), W)
+    partition.assembled(stacked, rest).backward(W)
+    assert torch.equal(stacked.grad, stacked)
+    assert partition.is_all or torch.equal(rest.grad, rest)
+    for rows, columns in blocks:
+        W[rows, columns] = 0
+    assert torch.equal(partition.assembled(torch.zeros_like(stacked), rest), W)
+    assert torch.equal(partition.assembled(stacked, None), partition.assembled(stacked, 0 * rest))

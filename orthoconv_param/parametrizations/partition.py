@@ -1,6 +1,7 @@
 """`Partition`: which blocks of a weight are made by a parametrization, and what is left free."""
 
-from typing import TypeAlias
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,6 +9,29 @@ from torch import Tensor
 from ..checks import Size
 
 Block: TypeAlias = tuple[slice, slice]
+
+
+class _Band(NamedTuple):
+    """Rows of a weight in which the same columns are free.
+
+    Args:
+        rows: how many.
+        parts: ``(columns, first)`` from left to right: how many columns, and which of the stacked blocks'
+            rows begins there; None where columns are free.
+    """
+
+    rows: int
+    parts: list[tuple[int, int | None]]
+
+    @property
+    def free(self) -> int:
+        """How many columns are free."""
+        return sum(columns for columns, first in self.parts if first is None)
+
+    def goes_on(self, band: "_Band") -> bool:
+        """Return True if a band below is alike, and has the rows of stacked blocks that come next."""
+        below = [(n, None if first is None else first + self.rows) for n, first in self.parts]
+        return below == band.parts
 
 
 class Partition:
@@ -33,6 +57,7 @@ class Partition:
         # The other pairs of channels, among all of them. No buffer: `to_empty` would fill it with anything,
         # and vmap of an ensemble would batch it, for which indexing (torch 2.13) gives wrong results.
         self._others = free.flatten().nonzero().flatten()
+        self._bands = _bands(self.blocks, self.size)
 
     @property
     def part(self) -> tuple[int, int, int]:
@@ -68,14 +93,22 @@ class Partition:
 
     def assembled(self, blocks: Tensor, rest: Tensor | None) -> Tensor:
         """Return the weight of stacked blocks and other taps; zeros where these are None."""
-        taps = tuple(blocks.shape[2:])
-        W = blocks.new_zeros(self.size[0] * self.size[1], *taps)
-        if rest is not None:
-            W[self.free(W.device)] = rest.squeeze(1).to(W.dtype)
-        W = W.unflatten(0, self.size[:2])
-        for (rows, columns), block in zip(self.blocks, blocks.chunk(len(self.blocks)), strict=True):
-            W[rows, columns] = block
-        return W
+        taps, bands = tuple(blocks.shape[2:]), self._bands
+        if rest is None:
+            rest = blocks.new_zeros(len(self._others), 1, *taps)
+        free = rest.squeeze(1).to(blocks.dtype).split([band.rows * band.free for band in bands])
+        pieces = sorted(
+            [(first, band.rows) for band in bands for _, first in band.parts if first is not None]
+        )
+        stacked = blocks.split([rows for _, rows in pieces])
+        made = {first: rows for (first, _), rows in zip(pieces, stacked, strict=True)}
+        bands_made = []
+        for band, others in zip(bands, free, strict=True):
+            widths = [columns for columns, first in band.parts if first is None]
+            between = iter(others.reshape(band.rows, band.free, *taps).split(widths, 1) if widths else ())
+            parts = [next(between) if first is None else made[first] for _, first in band.parts]
+            bands_made.append(torch.cat(parts, 1))
+        return torch.cat(bands_made) if len(bands_made) > 1 else bands_made[0]
 
     def free(self, device: torch.device) -> Tensor:
         """Return the places of the other pairs of channels, among all of them."""
@@ -137,6 +170,32 @@ def resolve_blocks(blocks: list[Block], size: Size, groups: int) -> list[Block]:
                     f"blocks should not overlap. Found {(others, across)} and {(rows, columns)}"
                 )
     return resolved
+
+
+def _bands(blocks: list[Block], size: Size) -> list[_Band]:
+    """Return the bands of a weight, from top to bottom, as few as there can be."""
+    edges = {0, size[0], *(end for rows, _ in blocks for end in (rows.start, rows.stop))}
+    bands: list[_Band] = []
+    for top, bottom in pairwise(sorted(edges)):
+        parts: list[tuple[int, int | None]] = []
+        left = 0
+        across = [
+            (columns, i * (rows.stop - rows.start) + top - rows.start)
+            for i, (rows, columns) in enumerate(blocks)
+            if rows.start <= top < rows.stop
+        ]
+        for columns, first in sorted(across, key=lambda part: part[0].start):
+            if columns.start > left:
+                parts.append((columns.start - left, None))
+            parts.append((columns.stop - columns.start, first))
+            left = columns.stop
+        if left < size[1]:
+            parts.append((size[1] - left, None))
+        band = _Band(bottom - top, parts)
+        if bands and bands[-1].goes_on(band):
+            band = _Band(bands[-1].rows + band.rows, bands.pop().parts)
+        bands.append(band)
+    return bands
 
 
 def _separate(block: Block, size: Size) -> str:
