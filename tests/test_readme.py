@@ -8,13 +8,30 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+BEFORE, RECIPES = TEXT.split("\n## Recipes\n")
+
+
+def code_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run(code, names):
+    exec(compile(code, "README.md", "exec"), names)
+
+
+def test_recipes_run_one_after_the_other():
+    names = {}
+    for code in code_of(RECIPES):
+        with warnings.catch_warnings():
+            if "onnx" in code:
+                pytest.importorskip("onnxscript")
+                warnings.simplefilter("ignore")  # torch's exporter has some
+            run(code, names)
+
+
+@pytest.mark.parametrize("code", code_of(BEFORE))
 def test_code_runs_as_printed(code, capsys):
-    with warnings.catch_warnings():
-        if "onnx" in code:
-            pytest.importorskip("onnxscript")
-            warnings.simplefilter("ignore")  # torch's exporter has some
-        exec(compile(code, "README.md", "exec"), {})
+    run(code, {})
     output = capsys.readouterr().out
     shown = re.search(re.escape(code) + r"```\n\n```text\n(.*?)```", TEXT, re.DOTALL)
     if not shown:
