@@ -186,7 +186,7 @@ def measured(settings: Settings, model: ConvLSTM, data: MovingDigits) -> dict[st
     noise = NOISE * torch.randn(short.shape, generator=torch.Generator().manual_seed(0))
     endless = settings.videos(settings.on, 99, context + ROLLOUT).batch(8)
     states = model.states(endless, context)
-    norms = torch.stack([c.square().mean((1, 2, 3)).sqrt() for _, c in states])
+    seen = model.states(data.batch(256), context)
     drawn, last = torch.stack([model.draw(h) for h, _ in states[-100:]], 1), endless[:, -100:]
     moves = [x.diff(dim=1).abs().mean() for x in (drawn.sigmoid(), last)]
     blocks = {"gates": gate_blocks(settings.hidden, gates=GATES, inputs=1)}
@@ -197,11 +197,16 @@ def measured(settings: Settings, model: ConvLSTM, data: MovingDigits) -> dict[st
         "long": cross_entropy(model(long, context), long, context).item(),
         "noisy": cross_entropy(model(short + noise, context), short, context).item(),
         "rollout": F.binary_cross_entropy_with_logits(drawn, last).item(),
-        "norm in training": norms[: data.frames].max().item(),
-        "norm later": norms[data.frames :].max().item(),
+        "norm in training": largest_memory(seen),
+        "norm later": largest_memory(states[data.frames :]),
         "motion": (moves[0] / moves[1]).item(),
         "defect": max(r.defect for r in made),
     }
+
+
+def largest_memory(states: list[tuple[Tensor, Tensor]]) -> float:
+    """Return the root mean square of a memory's elements, the largest of all videos and frames."""
+    return max(c.square().mean((1, 2, 3)).sqrt().max().item() for _, c in states)
 
 
 # Tables and figures

@@ -1,4 +1,15 @@
-"""Orthogonal and unitary convolutions, as a parametrization of any existing convolution's weight."""
+"""Orthogonal and unitary convolutions, as a parametrization of any existing convolution's weight.
+
+- `orthogonal(conv)` makes a layer orthogonal: an ``nn.Conv*`` or ``nn.ConvTranspose*``.
+- `retrofit(model, example)` makes the convolutions of a new or trained model orthogonal, of a recurrent one
+  what takes its state to itself (`recurrent_blocks` shows it). `set_orthogonality(model, t)` takes a
+  trained model from what it was to orthogonal.
+- `generators(model)` are what is trained of orthogonal kernels. Within `frozen(model)` kernels are fixed.
+- `report(model, example)`, `singular_values(conv, size)`, `orthogonality_defect(conv, size)`,
+  `plot_spectrum` and `plot_gradient_norms` measure a module's own forward.
+- `ConvExponential` and `SplitExponential` are the parametrizations that `orthogonal` registers.
+- `functional` works on kernels themselves, `expm_skew` on skew matrices, and `manifold` is for geoopt.
+"""
 
 from importlib import import_module
 from types import ModuleType
