@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orthoconv_param import generators, orthogonal, orthogonality_defect
+from orthoconv_param import generators, orthogonal, orthogonality_defect, retrofit, set_orthogonality
 from orthoconv_param.action import recurrence
 from orthoconv_param.matrices import chebyshev, norms
 from orthoconv_param.matrices.products import skew
@@ -453,12 +453,308 @@ def test_compiled_whole(stride, removed, transposed):
 def test_the_registered_operators_are_sound():
     B = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
-    fields = ([0.5, 0.3, 0.1, 0.05], [1, 1], [1, 1], 1, [], None)
+    fields = ([0.5, 0.3, 0.1, 0.05], [1, 1], [1, 1], 1, [], None, 1.0)
     B = ((B - B.flip(2, 3).transpose(0, 1)) / 8).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, B, None, *fields))
+    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, B, None, None, *fields, 0))
     rows = B[:2].detach().clone().requires_grad_()
     others = (-B[:2, 2:].flip(2, 3).transpose(0, 1)).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, rows, others, *fields))
+    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, rows, others, None, *fields, 0))
+    conv = orthogonal(nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64), boundary="walls")
+    number = conv.parametrizations.weight[0].norm.number
+    level = torch.ops.orthoconv_param.level(10 * conv.weight.detach(), number)
+    assert level > 1
+    torch.library.opcheck(torch.ops.orthoconv_param.level, (conv.weight.detach(), number))
+    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, rows, others, level, *fields, number))
+
+
+def compiled_walls(kind):
+    """A convolution between walls whose terms follow a norm, and an image for it."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False, dtype=torch.complex64 if kind == "complex" else None)
+    x = torch.randn(2, 4, 6, 5, dtype=conv.weight.dtype)
+    if kind == "annealed":
+        set_orthogonality(retrofit(conv, x, method="exponential"), 1)
+        return conv, x
+    if kind == "blocks":
+        blocks = {"": [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(2, 4))]}
+        return retrofit(conv, x, method="exponential", blocks=blocks, anneal=False), x
+    if kind == "copied":
+        return copy.deepcopy(orthogonal(conv, boundary="walls")), x
+    if kind == "transposed":
+        conv = nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False)
+    return orthogonal(conv, boundary="walls", base=kind == "base"), x
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of complex numbers, and of what it imports
+@pytest.mark.parametrize(
+    "kind", ["plain", "blocks", *map(slow, ("base", "complex", "transposed", "copied", "annealed"))]
+)
+def test_terms_follow_a_norm_that_training_raises(dtype):
+    module = orthogonal(make((3, 3), 4, 4, dtype=dtype), boundary="walls")
+    before, counts = generator_of(module).norm.degree, []
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    x = random(4, 4, 5, 5, dtype=dtype)
+    for _ in range(60):
+        optimizer.zero_grad()
+        # a loss that lets the generator grow
+        (-generators(module)[0].square().sum() * 0.03 + 1e-3 * module(x).square().mean()).backward()
+        optimizer.step()
+        counts.append(generator_of(module).norm.degree.value)
+        assert defect(operator(module, (3, 4)).double()) < TOLERANCE[dtype]
+    assert generator_of(module).norm.degree.level > 10 * before.level
+    assert counts[-1] > before.value
+
+
+def test_a_norm_that_takes_too_many_terms_is_refused_and_nothing_is_lost():
+    module = orthogonal(nn.Conv2d(2, 2, 3, padding=1), boundary="walls")
+    before = module.weight.detach().clone()
+    with pytest.raises(ValueError, match="more than 200 terms"):
+        module.weight = 1e4 * before
+    close(module.weight, before)
+    with torch.no_grad():
+        generators(module)[0].mul_(1e4)
+    with pytest.raises(ValueError, match="more than 200 terms"):
+        module(torch.zeros(1, 2, 4, 4))
+    with torch.no_grad():
+        generators(module)[0].div_(1e4)
+    assert orthogonality_defect(module, 4) < 1e-5
+
+
+@pytest.mark.parametrize("side", [1, 8, slow(16)])
+def test_a_thousand_steps_keep_the_norms_of_state_and_gradient(side):
+    module = orthogonal(make((3, 3), 16, 16, dtype=torch.float32, bias=False), boundary="walls")
+    start = random(1, 16, side, side, dtype=torch.float32).requires_grad_()
+    x = start
+    with parametrize.cached():
+        for _ in range(1000):
+            x = module(x)
+    G = random(1, 16, side, side, dtype=torch.float32, seed=1)
+    (gradient,) = torch.autograd.grad(x, start, G)
+    assert abs(x.norm() / start.norm() - 1) < 1e-3
+    assert abs(gradient.norm() / G.norm() - 1) < 1e-3
+
+
+# How it is computed
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that live, and the most that ever did."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for y in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(y, torch.Tensor):
+                storage = y.untyped_storage()
+                if storage not in self.known:
+                    self.known.add(storage)
+                    size = storage.nbytes()
+                    self.now += size
+                    weakref.finalize(storage, self.freed, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def freed(self, size):
+        self.now -= size
+
+
+def peak_of(module, x, G):
+    with Live() as live:
+        for given in (x, G, *module.parameters()):
+            live.known.add(given.untyped_storage())
+        y = module(x)
+        y.backward(G)
+    x.grad = None
+    module.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("norm", [1.0, 20.0])
+@pytest.mark.parametrize("batch", [4, slow(64)])
+def test_memory_does_not_grow_with_the_terms(norm, batch):
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    module, plain = scaled_to(conv, norm)
+    assert generator_of(module).norm.degree.value >= (7 if norm == 1 else 30)
+    x = torch.randn(batch, 8, 64, 64, requires_grad=True)
+    G = torch.randn(batch, 8, 64, 64)
+    image = x.numel() * x.element_size()
+    fixed = recurrence._BETWEEN_BYTES
+    assert peak_of(module, x, G) - peak_of(plain, x, G) < max(6 * image, 4 * image + fixed)
+
+
+def test_peak_is_within_six_images_of_the_plain_layers():
+    x, G = (torch.randn(16, 32, 48, 48) for _ in range(2))
+    x.requires_grad_()
+    image = x.numel() * x.element_size()
+    for norm in (0.9, 8.0):
+        module, plain = scaled_to(nn.Conv2d(32, 32, 3, padding=1), norm)
+        assert peak_of(module, x, G) - peak_of(plain, x, G) < 6 * image
+
+
+@pytest.mark.parametrize("boundary", ["circular", "walls"])
+@pytest.mark.parametrize(
+    ("kernel", "options", "domain"),
+    [
+        ((3, 3), {}, (4, 5)),
+        ((3, 3), {"stride": 2, "cin": 2, "out": 4, "groups": 2}, (6, 4)),
+        ((5,), {"cin": 2}, (7,)),
+    ],
+)
+def test_in_little_memory_it_is_the_same(boundary, kernel, options, domain, monkeypatch):
+    """A few images at a time, nothing kept, and the recurrence run backwards."""
+    evaluated(monkeypatch, "series")
+    module = orthogonal(make(kernel, **options), boundary=boundary)
+    x = random(5, module.in_channels, *domain).requires_grad_()
+    outcomes = []
+    for little in (False, True):
+        if little:
+            for name in ("_CACHED_BYTES", "_KEPT_BYTES", "_BETWEEN_BYTES"):
+                monkeypatch.setattr(recurrence, name, 1)
+            monkeypatch.setattr(recurrence, "_BETWEEN_IMAGES", 0)
+        y = module(x)
+        outcomes.append([y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])])
+    close(outcomes[1], outcomes[0])
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_autocast_reduces_convolutions_and_terms_between_walls(low, stride, monkeypatch):
+    module = orthogonal(
+        make((3, 3), 8, 8, stride=stride, dtype=torch.float32, bias=False), boundary="walls"
+    )
+    domain = (8, 6)
+    single = operator(module, domain)
+    used, convolve = [], recurrence.convolve
+    monkeypatch.setattr(recurrence, "convolve", lambda x, *rest: used.append(x.dtype) or convolve(x, *rest))
+    operator(module, domain)
+    many, used[:] = len(used), []
+    with torch.autocast("cpu", dtype=low):
+        M = operator(module, domain)
+        assert set(used) == {low}
+        assert 0 < len(used) < many
+        x = random(2, 8, *domain, dtype=torch.float32).requires_grad_()
+        y = module(x)
+    assert M.dtype == torch.float32
+    assert defect(M) < 5e-2
+    assert defect(M) < 4 * defect(single.to(low).float())
+    close(torch.autograd.grad(y.square().sum(), x)[0].isfinite().all(), torch.tensor(True))
+    # and it is no other operator
+    close(M, single, atol=8 * torch.finfo(low).eps, rtol=0)
+
+
+def test_around_a_torus_autocast_leaves_single_precision(monkeypatch):
+    """As it does where the same operator is evaluated in another way."""
+    evaluated(monkeypatch, "series")
+    module = orthogonal(nn.Conv2d(8, 8, 3, padding=1, bias=False))
+    single = operator(module, (5, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(operator(module, (5, 6)), single)
+
+
+def test_a_cached_loop_makes_the_skew_kernel_once(monkeypatch):
+    from orthoconv_param.operators import series
+
+    made = []
+    monkeypatch.setattr(series, "skew_kernel", lambda *a, of=series.skew_kernel: made.append(1) or of(*a))
+    module = orthogonal(nn.Conv2d(4, 4, 3, padding=1), boundary="walls")
+    x = torch.randn(2, 4, 5, 5)
+    for size in ((2, 4, 5, 5), (1, 4, 3, 7)):
+        module(torch.randn(size))
+    made.clear()
+    with parametrize.cached():
+        for _ in range(5):
+            x = module(x)
+        module(torch.randn(1, 4, 5, 5))
+    assert len(made) == 1
+    x.square().sum().backward()
+    assert generators(module)[0].grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of complex numbers, and of what it imports
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_compiled_whole(stride, removed, transposed):
+    torch.compiler.reset()
+    module = orthogonal(
+        make((3, 3), 4, 6, stride=stride, groups=2, transposed=transposed, dtype=torch.float32),
+        boundary="walls",
+    )
+    if removed:
+        parametrize.remove_parametrizations(module, "weight")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for size in ((4, 6), (8, 6), (10, 12)):
+        x = random(2, module.in_channels, *size, dtype=torch.float32).requires_grad_()
+        values = [x, *module.parameters()]
+        outcomes = [[y, *torch.autograd.grad(y.sin().sum(), values)] for y in (module(x), compiled(x))]
+        for one, other in zip(*outcomes, strict=True):
+            close(other, one, atol=1e-5 * max(1, one.abs().max().item()), rtol=0)
+    torch.compiler.reset()
+
+
+def test_the_registered_operators_are_sound():
+    B = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    fields = ([0.5, 0.3, 0.1, 0.05], [1, 1], [1, 1], 1, [], None, 1.0)
+    B = ((B - B.flip(2, 3).transpose(0, 1)) / 8).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, B, None, None, *fields, 0))
+    rows = B[:2].detach().clone().requires_grad_()
+    others = (-B[:2, 2:].flip(2, 3).transpose(0, 1)).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, rows, others, None, *fields, 0))
+    conv = orthogonal(nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64), boundary="walls")
+    number = conv.parametrizations.weight[0].norm.number
+    level = torch.ops.orthoconv_param.level(10 * conv.weight.detach(), number)
+    assert level > 1
+    torch.library.opcheck(torch.ops.orthoconv_param.level, (conv.weight.detach(), number))
+    torch.library.opcheck(torch.ops.orthoconv_param.series, (x, rows, others, level, *fields, number))
+
+
+def compiled_walls(kind):
+    """A convolution between walls whose terms follow a norm, and an image for it."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False, dtype=torch.complex64 if kind == "complex" else None)
+    x = torch.randn(2, 4, 6, 5, dtype=conv.weight.dtype)
+    if kind == "annealed":
+        set_orthogonality(retrofit(conv, x, method="exponential"), 1)
+        return conv, x
+    if kind == "blocks":
+        blocks = {"": [(slice(0, 2), slice(0, 2)), (slice(2, 4), slice(2, 4))]}
+        return retrofit(conv, x, method="exponential", blocks=blocks, anneal=False), x
+    if kind == "copied":
+        return copy.deepcopy(orthogonal(conv, boundary="walls")), x
+    if kind == "transposed":
+        conv = nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False)
+    return orthogonal(conv, boundary="walls", base=kind == "base"), x
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of complex numbers, and of what it imports
+@pytest.mark.parametrize("kind", ["plain", "base", "complex", "transposed", "copied", "annealed", "blocks"])
+def test_terms_follow_the_norm_in_compiled_code(kind):
+    torch.compiler.reset()
+    module, x = compiled_walls(kind)
+    module(x)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.Adam(module.parameters(), 0.1)
+    for _ in range(20):  # no ordinary call
+        optimizer.zero_grad()
+        (compiled(x) - x.roll(1, -1)).abs().square().mean().backward()
+        optimizer.step()
+    values = [x.clone().requires_grad_(), *module.parameters()]
+    y = compiled(values[0])
+    gradients = torch.autograd.grad(y.abs().square().sin().sum(), values)
+    z = module(values[0])
+    close(y, z, atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad(z.abs().square().sin().sum(), values)
+    for one, other in zip(gradients, expected, strict=True):
+        close(one, other, atol=1e-5 * max(1, other.abs().max().item()), rtol=0)
+    if kind != "blocks":
+        assert (y.norm() / x.norm() - 1).abs() < 1e-5
+    torch.compiler.reset()
 
 
 # Being a module

@@ -1,12 +1,43 @@
-"""`Generator`: what is exponentiated, where the exponential is applied by its series."""
+"""`Generator`: what is exponentiated, where the exponential is applied by its series.
 
-from typing import NamedTuple
+Note [terms in compiled code]
+Compilers see no values, so that a norm in their code is that of the last ordinary call, and so would be the
+number of terms. On a CPU the norm is therefore read by an operator that they do not look into, and the
+operator that applies the series takes the terms for it. A compiled generator is known to them by a number.
+"""
+
+from itertools import count
+from typing import NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .. import runtime
 from ..torus.geometry import Geometry
+
+
+class Follower(Protocol):
+    """Knows how many terms the norm of a generator takes."""
+
+    def level(self, kernel: Tensor) -> float:
+        """Return the norm of a generator, rounded up."""
+        ...
+
+    def coefficients(self, level: float) -> tuple[float, ...]:
+        """Return those of the series for that norm."""
+        ...
+
+
+FOLLOWERS: WeakValueDictionary[int, Follower] = WeakValueDictionary()
+_numbers = count()
+
+
+def number_of(follower: Follower) -> int:
+    """Return a new number, under which compiled code finds a follower."""
+    number = next(_numbers)
+    FOLLOWERS[number] = follower
+    return number
 
 
 class Generator(NamedTuple):
@@ -18,6 +49,7 @@ class Generator(NamedTuple):
         norm: which its skew part does not exceed.
         coefficients: of the map's series for that norm: see `matrices.chebyshev`.
         coin: ``(groups, m, m)``, orthogonal matrices that act on each pixel besides; or None.
+        number: under which compiled code finds what follows its norm; None if nothing does.
     """
 
     kernel: Tensor
@@ -25,6 +57,18 @@ class Generator(NamedTuple):
     norm: float
     coefficients: tuple[float, ...]
     coin: Tensor | None
+    number: int | None = None
+
+
+@torch.library.custom_op("orthoconv_param::level", mutates_args=())
+def level(kernel: Tensor, number: int) -> Tensor:
+    """Return the norm of a generator now, rounded up, as a scalar: see Note [terms in compiled code]."""
+    return torch.tensor(FOLLOWERS[number].level(kernel), dtype=torch.float64)
+
+
+@level.register_fake
+def _(kernel: Tensor, number: int) -> Tensor:
+    return torch.empty((), dtype=torch.float64)
 
 
 def few_of(coefficients: tuple[float, ...], reduced: torch.dtype | None) -> tuple[float, ...]:

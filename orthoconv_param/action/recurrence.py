@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import runtime
 from ..matrices import by_hand
 from ..torus.geometry import convolve, wrapped
+from .generator import FOLLOWERS, few_of
 
 _CACHED_BYTES = 2**21  # of images that go through all terms at once, on a CPU
 _KEPT_BYTES = 2**24  # of one phi, above which none is kept for the backward pass
@@ -237,43 +238,69 @@ class Series:
             d.add_(gradient, alpha=factor)
 
 
+class Followed(NamedTuple):
+    """A norm that compiled code has read: see Note [terms in compiled code].
+
+    Args:
+        level: the norm, a scalar.
+        norm: by which ``B`` was divided.
+        number: under which the series for a norm is found.
+    """
+
+    level: Tensor | None
+    norm: float
+    number: int
+
+
 def applied(rule: Series, *inputs: Tensor) -> Tensor:
     """Apply a rule, to be differentiated in any way."""
-    return compiled(rule, *inputs) if runtime.is_compiled_whole() else by_hand.apply(rule, *inputs)
+    if runtime.is_compiled_whole():
+        return compiled(rule, Followed(None, 1.0, 0), *inputs)
+    return by_hand.apply(rule, *inputs)
 
 
-def compiled(rule: Series, x: Tensor, B: Tensor, others: Tensor | None = None) -> Tensor:
+def compiled(
+    rule: Series, followed: Followed, x: Tensor, B: Tensor, others: Tensor | None = None
+) -> Tensor:
     """Apply a series as one operator, into which compilers do not look.
 
     Its backward pass takes no more memory for more terms, as the rule's own. It has no other derivatives.
     """
-    return torch.ops.orthoconv_param.series(x, B, others, rule.coefficients, *rule.step, rule.reduced)
+    fields = (rule.coefficients, *rule.step, rule.reduced, followed.norm, followed.number)
+    return torch.ops.orthoconv_param.series(x, B, others, followed.level, *fields)
 
 
-def _kernels(B: Tensor, others: Tensor | None) -> list[Tensor]:
-    return [B] if others is None else [B, others]
-
-
-def _value(x: Tensor, B: Tensor, others: Tensor | None, coefficients: list[float], *fields: Any) -> Tensor:
-    return _rule(coefficients, *fields).value(x, *_kernels(B, others))[0]
+def _value(x: Tensor, B: Tensor, others: Tensor | None, level: Tensor | None, *fields: Any) -> Tensor:
+    rule, factor = _rule(level, *fields)
+    return rule.value(x, *_kernels(B, others, factor))[0]
 
 
 def _gradient(
-    G: Tensor, x: Tensor, B: Tensor, others: Tensor | None, coefficients: list[float], *fields: Any
+    G: Tensor, x: Tensor, B: Tensor, others: Tensor | None, level: Tensor | None, *fields: Any
 ) -> list[Tensor]:
-    inputs = x, *_kernels(B, others)
-    gradients = _rule(coefficients, *fields).gradient(G, inputs, (), (True,) * len(inputs))
-    return [g for g in gradients if g is not None]
+    rule, factor = _rule(level, *fields)
+    inputs = x, *_kernels(B, others, factor)
+    dx, *dB = (g for g in rule.gradient(G, inputs, (), (True,) * len(inputs)) if g is not None)
+    return [dx, *(dB if factor == 1 else [factor * d for d in dB])]
 
 
-def _rule(coefficients: list[float], *fields: Any) -> Series:
-    *step, reduced = fields
-    return Series(tuple(coefficients), Step(*step), reduced)
+def _kernels(B: Tensor, others: Tensor | None, factor: float = 1) -> list[Tensor]:
+    kernels = [B] if others is None else [B, others]
+    return kernels if factor == 1 else [factor * b for b in kernels]
+
+
+def _rule(level: Tensor | None, coefficients: list[float], *fields: Any) -> tuple[Series, float]:
+    """Return the rule, and by what the kernels are multiplied."""
+    *step, reduced, norm, number = fields
+    if level is None:
+        return Series(tuple(coefficients), Step(*step), reduced), 1
+    terms = few_of(FOLLOWERS[number].coefficients(level.item()), reduced)
+    return Series(terms, Step(*step), reduced), norm / level.item()
 
 
 _FIELDS = (
-    "Tensor x, Tensor B, Tensor? others, float[] coefficients, int[] padding, int[] dilation, int groups, "
-    "int[] surround, ScalarType? reduced"
+    "Tensor x, Tensor B, Tensor? others, Tensor? level, float[] coefficients, int[] padding, "
+    "int[] dilation, int groups, int[] surround, ScalarType? reduced, float norm, int number"
 )
 _operator = torch.library.custom_op(
     "orthoconv_param::series", _value, mutates_args=(), schema=f"({_FIELDS}) -> Tensor"
@@ -288,13 +315,13 @@ torch.library.custom_op(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.fields = inputs[3:]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.fields = inputs[4:]
 
 
 def _backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.orthoconv_param.series_gradient(G, *ctx.saved_tensors, *ctx.fields)
-    return *gradients, *([None] * (3 - len(gradients))), *(None for _ in ctx.fields)
+    return *gradients, *([None] * (4 - len(gradients))), *(None for _ in ctx.fields)
 
 
 _operator.register_autograd(_backward, setup_context=_setup)

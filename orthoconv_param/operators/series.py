@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..action import recurrence
-from ..action.generator import Generator, few_of
+from ..action.generator import Generator, few_of, level
 from ..action.skew import Layout, entering, leaving, skew_kernel
 from ..checks import HALF, Size
 from ..torus.boundary import fold
@@ -25,6 +25,8 @@ class Prepared(NamedTuple):
         step: how each term's convolution is applied.
         transposed: whether the transpose is applied.
         reduced: the dtype of the convolutions, if it is not that of the images.
+        level: the generator's norm as it is when compiled code runs: see Note [terms in compiled code].
+            None elsewhere.
     """
 
     generator: Generator
@@ -33,6 +35,7 @@ class Prepared(NamedTuple):
     step: recurrence.Step
     transposed: bool
     reduced: torch.dtype | None
+    level: Tensor | None
 
 
 class Series:
@@ -84,7 +87,8 @@ class Series:
             sides = zip(placement.origin[::-1], placement.after(taps)[::-1], strict=True)
             surround = [n for side in sides for n in side]
             step = recurrence.Step([0] * len(grid), [*dilation], layout.groups, surround)
-        return Prepared(generator, layout, tuple(B), step, transposed, reduced)
+        now = None if generator.number is None else level(generator.kernel.detach(), generator.number)
+        return Prepared(generator, layout, tuple(B), step, transposed, reduced, now)
 
     def apply(self, state: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply it to images ``(batch, channels, *size)``, and add a bias."""
@@ -93,6 +97,10 @@ class Series:
         x = entering(x.float() if dtype in HALF else x, coin, numbers, state.transposed)
         coefficients = few_of(generator.coefficients, state.reduced)
         rule = recurrence.Series(coefficients, state.step, state.reduced)
-        y = recurrence.applied(rule, x, *state.B)
+        if state.level is None or generator.number is None:
+            y = recurrence.applied(rule, x, *state.B)
+        else:
+            followed = recurrence.Followed(state.level, generator.norm, generator.number)
+            y = recurrence.compiled(rule, followed, x, *state.B)
         y = leaving(y, coin, numbers, state.transposed, layout.is_complex)
         return with_bias(y.to(dtype), bias)

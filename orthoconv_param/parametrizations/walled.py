@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from ..action.generator import Generator
+from ..action.generator import Generator, number_of
 from ..action.skew import Layout, coarse_kernel
 from ..checks import at_least_single, check_dtype, check_finite
 from ..matrices import maps
@@ -39,6 +39,11 @@ class Norm:
         self.triv = triv
         self.degree: Degree | None = None
         self.reader = runtime.LateReader()
+        self.number = number_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.number = number_of(self)  # a copy has its own
 
     def generator(self, kernel: Tensor, dtype: torch.dtype, coin: Tensor | None) -> Generator:
         """Return what is exponentiated of a generator in space, which is of a dtype as it is trained.
@@ -50,17 +55,30 @@ class Norm:
         tol = default_tolerance(dtype)
         if self.degree is not None and self.degree.tol != tol:
             self.degree = Degree.of_series(self.triv, tol, self.degree.level)
-
-        def needed(norm: float) -> Degree:
-            return Degree.of_series(self.triv, tol, norm)
-
-        norm = norm_of(self.geometry, kernel, self.reader)
-        _, self.degree = follow(needed, self.degree, norm, kernel)
+        self.degree = self._followed(kernel, tol)
         if self.degree is None:
             raise RuntimeError(
                 "the generator's norm is not known: call the module once outside of torch.compile and vmap"
             )
-        return Generator(kernel, self.geometry, self.degree.level, self.degree.coefficients, coin)
+        number = self.number if runtime.is_compiled_whole() and runtime.may_wait(kernel.device) else None
+        return Generator(kernel, self.geometry, self.degree.level, self.degree.coefficients, coin, number)
+
+    def level(self, kernel: Tensor) -> float:
+        """Return the norm of a generator, rounded up; the one that is known stays what it is."""
+        assert self.degree is not None
+        degree = self._followed(kernel, self.degree.tol)
+        return self.degree.level if degree is None else degree.level
+
+    def coefficients(self, level: float) -> tuple[float, ...]:
+        """Return those of the series for a norm."""
+        assert self.degree is not None
+        return Degree.of_series(self.triv, self.degree.tol, level).coefficients
+
+    def _followed(self, kernel: Tensor, tol: float) -> Degree | None:
+        def needed(norm: float) -> Degree:
+            return Degree.of_series(self.triv, tol, norm)
+
+        return follow(needed, self.degree, norm_of(self.geometry, kernel, self.reader), kernel)[1]
 
 
 class WalledGenerator(Registered):
