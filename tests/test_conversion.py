@@ -211,8 +211,8 @@ def whole_grid():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(40))
-def test_the_whole_grid(part):
+@pytest.mark.parametrize("part", range(0, 40, 3))  # a third of it: all would take half an hour
+def test_the_grid(part):
     made = refused = 0
     for number, case in enumerate(itertools.islice(whole_grid(), part, None, 40)):
         kernel, stride, dilation, (cin, out, groups), size, dtype, triv, where, transposed = case

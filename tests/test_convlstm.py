@@ -1,3 +1,5 @@
+import csv
+
 """The experiments with ConvLSTMs: what is asked of the networks, and what they are made of."""
 
 import itertools
@@ -252,11 +254,18 @@ def test_gradients_over_time_are_those_by_state_and_memory():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "options"),
-    [(moving_digits, ["--canvas", "10", "--frames", "5", "--context", "3"]), (occlusion, [])],
+    ("script", "options", "columns"),
+    [
+        (
+            moving_digits,
+            ["--canvas", "10", "--frames", "5", "--context", "3"],
+            {"network", "start", "budget", "steps", "short", "long", "defect"},
+        ),
+        (occlusion, [], {"network", "start", "delay", "steps", "error"}),
+    ],
     ids=["moving_digits", "occlusion"],
 )
-def test_all_variants_run(script, options, tmp_path, monkeypatch, capsys):
+def test_all_variants_run(script, options, columns, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "run", lambda function, jobs, *_: [function(*job) for job in jobs])
     monkeypatch.setattr(moving_digits, "ROLLOUT", 120)
     options = ["--all", "--quick", "--seeds", "0", "--steps", *(["2"] if options else ["2"] * 3), *options]
@@ -266,6 +275,8 @@ def test_all_variants_run(script, options, tmp_path, monkeypatch, capsys):
     for name in {**script.VARIANTS, **script.MORE}:
         assert f"| {name} |" in printed
     assert len(list(tmp_path.glob("*.png"))) == 2
+    with (tmp_path / f"{script.__name__}.csv").open() as file:
+        assert columns <= set(next(csv.DictReader(file)))
     torch.set_flush_denormal(False)
 
 
