@@ -1,7 +1,6 @@
-import csv
-
 """The experiments with ConvLSTMs: what is asked of the networks, and what they are made of."""
 
+import csv
 import itertools
 import sys
 
