@@ -75,7 +75,8 @@ def orthogonal(
 
     Args:
         module: ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``, whose padding keeps
-            the size (divided by the stride).
+            the size (divided by the stride). Its weight should be its own: of one that another module
+            has too torch overwrites the values.
         name: ``"weight"``.
         method: ``"exponential"`` or ``"split"``.
         domain: ``"any"``: images of every size; split kernels accept nothing else. With the exponential the

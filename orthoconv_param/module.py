@@ -171,7 +171,8 @@ def operator_of(module: nn.Module) -> Operator | None:
 
 
 _TOLD = (
-    "kernel_size", "dilation", "padding", "padding_mode", "output_padding", runtime.REPEATED_PADDING,
+    "kernel_size", "stride", "dilation", "padding", "padding_mode", "output_padding", "groups",
+    runtime.REPEATED_PADDING,
 )  # fmt: skip
 
 
@@ -188,4 +189,10 @@ def _told(name: str) -> property:
     def value(self: Any) -> Any:
         return attributes(self).get(name, vars(self).get(name))
 
-    return property(value)
+    def refuse(self: Any, new: Any) -> None:
+        raise AttributeError(
+            f"{name} should not be changed while the convolution is orthogonal: change it before, or after "
+            'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")'
+        )
+
+    return property(value, refuse)

@@ -271,10 +271,18 @@ def _chosen(
             for name, pairs in found.items()
             if name in chosen and not (select is None and _is_orthogonal(chosen[name]))
         }
+        already = [name for name in found if name in chosen and name not in stacked]
+        if not stacked and already:
+            raise ValueError(
+                'blocks="recurrent" should find convolutions that are not orthogonal yet. Found only '
+                f"{already}, which are: go on with the model, or call "
+                'torch.nn.utils.parametrize.remove_parametrizations(module, "weight") for each before'
+            )
         if not stacked:
             raise ValueError(
                 'blocks="recurrent" should find convolutions that read their own earlier output, through '
-                f"gates and sums. Found none among {[*chosen]}: name the blocks instead"
+                f"gates and sums. Found none among {[*chosen]}: name the blocks instead, if the channels "
+                "of each gate follow one another"
             )
         named = [select] if isinstance(select, str) else select
         vain = [] if callable(named) else [name for name in named or () if name in {*chosen} - {*stacked}]

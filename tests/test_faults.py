@@ -1532,6 +1532,86 @@ def test_what_is_mistaken_for_a_convolution_is_told_the_way_out(case):
     assert same(values(module), before)
 
 
+# What is done to it afterwards
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"domain": 8}, {"boundary": "walls"}, {"method": "split", "boundary": "walls"}]
+)
+@pytest.mark.parametrize(
+    ("name", "value"), [("stride", (1, 1)), ("padding", 0), ("dilation", (2, 2)), ("groups", 2)]
+)
+def test_its_geometry_is_not_changed_without_a_word(options, name, value):
+    conv = orthogonal(nn.Conv2d(4, 8, 4, padding=1, stride=2), **options)
+    x = torch.randn(1, 4, 8, 8)
+    y, before = conv(x), getattr(conv, name)
+    with pytest.raises(AttributeError, match=f"{name} should not be changed.*remove_parametrizations"):
+        setattr(conv, name, value)
+    assert getattr(conv, name) == before
+    assert torch.equal(copy.deepcopy(conv)(x), y)
+    parametrize.remove_parametrizations(conv, "weight")
+    close(conv(x), y, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real", "ignore:Complex modules are a new")
+@pytest.mark.parametrize("made_complex", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"domain": 8},
+        {"boundary": "walls"},
+        {"method": "split"},
+        {"method": "split", "boundary": "walls"},
+    ],
+)
+def test_a_real_operator_does_not_become_complex_nor_a_complex_one_real(options, made_complex):
+    dtypes = torch.float32, torch.complex64
+    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False, dtype=dtypes[made_complex])
+    conv = orthogonal(conv, **options).to(dtypes[not made_complex])
+    kind = "complex" if made_complex else "real"
+    with pytest.raises(TypeError, match=f"should stay {kind}.*Found torch.*{kind} dtypes only"):
+        conv(torch.randn(1, 4, 8, 8, dtype=dtypes[not made_complex]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"domain": 8}, {"boundary": "walls", "base": True}, {"method": "split"},
+        {"method": "split", "boundary": "walls"},
+    ],
+)  # fmt: skip
+def test_it_is_made_orthogonal_and_assigned_within_autocast(options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    twin = copy.deepcopy(conv)
+    W = 0.1 * torch.randn(4, 4, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        orthogonal(conv, **options)
+        if "domain" not in options:
+            conv.weight = W
+    orthogonal(twin, **options)
+    if "domain" not in options:
+        twin.weight = W
+    close(conv.weight, twin.weight, atol=1e-6, rtol=0)
+
+
+def test_a_checkpoint_of_blocks_and_one_of_the_whole_weight_refuse_each_other_in_words():
+    model, video = ConvLSTM("zeros", hidden=3), torch.randn(1, 3, 2, 6, 6)
+    blocks = {"gates": functional.gate_blocks(hidden=3, gates=4, inputs=2)}
+    made = [
+        retrofit(copy.deepcopy(model), video, select="gates", blocks=b, anneal=False)
+        for b in (blocks, None)
+    ]
+    for one, other in (made, made[::-1]):
+        before = values(other)
+        with pytest.raises(RuntimeError, match="made orthogonal in the same way") as refused:
+            other.load_state_dict(one.state_dict())
+        assert "annealed" not in str(refused.value)
+        assert "Missing" not in str(refused.value)
+        assert same(values(other), before)
+
+
 # The package
 
 

@@ -375,6 +375,15 @@ class _Moving(nn.Module):
         return h
 
 
+def test_a_second_call_says_that_the_blocks_are_orthogonal_already():
+    model, video = ConvLSTM("zeros", hidden=3), torch.randn(1, 3, 2, 6, 6)
+    retrofit(model, video, blocks="recurrent")
+    before = model(video)
+    with pytest.raises(ValueError, match=r"not orthogonal yet. Found only \['gates'\]"):
+        retrofit(model, video, blocks="recurrent")
+    assert torch.equal(model(video), before)
+
+
 def test_what_is_orthogonal_already_is_left_alone():
     torch.manual_seed(0)
     model, video = _Moving(), torch.randn(2, 3, 1, 6, 5)

@@ -80,6 +80,7 @@ class Annealing(Registered):
             setattr(self, name, None)
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
         """At ``t = 1``, do what the parametrization does. Before, take ``W`` itself, and ``t = 0``."""
         arrived = self.progress == 1
@@ -166,6 +167,7 @@ class Interpolating(Annealing):
         return {"pretrained": reals, "t": torch.zeros_like(self.t)}
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the generator that `right_inverse` starts from, and the buffers; change nothing."""
         generator, buffers = super().preimage(W)  # type: ignore[misc]
@@ -193,6 +195,7 @@ class AnnealedSplit(Interpolating, SplitExponential):
         return Q if W is None or self.t is None else W + self.t * Q
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the generator that `right_inverse` starts from, and the buffers; change nothing.
 

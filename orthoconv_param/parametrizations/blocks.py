@@ -23,6 +23,7 @@ from ..torus.boundary import crop
 from ..torus.lattice import Lattice
 from .exponential import ConvExponential
 from .partition import Partition
+from .registered import made_otherwise
 from .split import SplitExponential
 from .walled import WalledGenerator
 
@@ -50,6 +51,9 @@ class Blocks(nn.Module):
 
     def difference(self, state_dict: Mapping[str, object], prefix: str) -> str | None:
         """Say how a checkpoint differs from this parametrization; None if it does not."""
+        whole = prefix.removesuffix("0.") + "original"
+        if whole in state_dict and not self.partition.is_all:
+            return made_otherwise("a generator of the whole weight")
         return self.exponential.difference(state_dict, prefix + "exponential.")
 
     @property
@@ -97,6 +101,7 @@ class Blocks(nn.Module):
         return whole, M.movedim(1, 0).contiguous()
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def right_inverse(self, W: Tensor) -> tuple[Tensor, ...]:
         """Return the generator and the rest whose kernel is ``W``, its blocks made orthogonal.
 
@@ -108,6 +113,7 @@ class Blocks(nn.Module):
         return (self.exponential.right_inverse(self.partition.stacked(W)), *rest)
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def preimage(self, W: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Return what `right_inverse` returns, and the buffers that it sets; change nothing."""
         rest = self._rest(W)

@@ -347,6 +347,7 @@ class ConvExponential(Registered):
     # From a kernel to the generator
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
         """Return the generator whose kernel is ``W``, or the orthogonal kernel nearest to it.
 
@@ -385,6 +386,7 @@ class ConvExponential(Registered):
         return generator
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the generator of `right_inverse`, and the buffers that it sets; change nothing.
 

@@ -14,6 +14,16 @@ from ..torus.geometry import Geometry
 from ..torus.lattice import Placement
 from . import signature
 
+_OF_ANNEALING = {"t", "pretrained", "directions", "values"}  # buffers
+
+
+def made_otherwise(found: str) -> str:
+    """Say that a checkpoint is of a convolution that was made orthogonal in another way."""
+    return (
+        "the checkpoint should be of a convolution that was made orthogonal in the same way. Found "
+        f"{found}: call orthogonal or retrofit with the same options, and blocks, before loading"
+    )
+
 
 class Registered(nn.Module, ABC):
     """A parametrization with the size, dtype and device of the weight on which it is registered.
@@ -82,13 +92,19 @@ class Registered(nn.Module, ABC):
         return type(self).__qualname__
 
     def check_generator(self, X: Tensor, size: Size) -> None:
-        """Raise if a generator is sharded, of another size or, where that can be read, not finite."""
+        """Raise if a generator is sharded, not of its size or kind or, where that is seen, not finite."""
+        of = "" if self.owner is None else f" of {self.owner}"
+        if self.geometry is not None and X.is_complex() != self.geometry.is_complex:
+            kind_of = "complex" if self.geometry.is_complex else "real"
+            raise TypeError(
+                f"the generator{of} should stay {kind_of}, as the weight was at first. Found {X.dtype}: "
+                f"move the module to {kind_of} dtypes only, or make another one orthogonal in that dtype"
+            )
         if tuple(X.shape) != size:
             raise ValueError(f"the generator should be of size {size}. Found {tuple(X.shape)}")
         flaw = runtime.flaw(X)
         if flaw is not None:
             kind, words = flaw
-            of = "" if self.owner is None else f" of {self.owner}"
             raise kind(f"the generator{of} {words}")
 
     # Checkpoints
@@ -108,11 +124,14 @@ class Registered(nn.Module, ABC):
         return signature.difference({} if self.geometry is None else self.signature(), there)
 
     def on_its_way(self, keys: list[str]) -> str:
-        """Say that a checkpoint holds buffers of annealing, which this has not."""
+        """Say that a checkpoint holds buffers which this has not: of annealing, or of another kind."""
+        found = ", ".join(sorted(keys))
+        if not {key.rpartition(".")[2] for key in keys} & _OF_ANNEALING:
+            return made_otherwise(found)
         return (
-            "the checkpoint should not be of a convolution that is still being annealed. Found "
-            f"{', '.join(sorted(keys))}: save it after set_orthogonality(model, 1, final=True), or load it "
-            "into a model that was retrofitted in the same way"
+            f"the checkpoint should not be of a convolution that is still being annealed. Found {found}: "
+            "save it after set_orthogonality(model, 1, final=True), or load it into a model that was "
+            "retrofitted in the same way"
         )
 
     def get_extra_state(self) -> Tensor:

@@ -156,6 +156,7 @@ class WalledGenerator(Registered):
     # From a weight to the generator
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
         """Return the Fourier coefficients of a generator.
 
@@ -186,6 +187,7 @@ class WalledGenerator(Registered):
         return generator
 
     @torch.no_grad()
+    @runtime.in_full_precision
     def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return generator and buffers of a module that starts from a weight; change nothing.
 

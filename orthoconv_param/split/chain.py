@@ -97,9 +97,11 @@ class Chain:
             ValueError: then.
         """
         if self.steps and self.channels == 1:
+            fewer = tuple(s + 1 for s in self.stride)
+            patches = f" (or at most {fewer} taps, for patches alone)" if self.is_strided else ""
             raise ValueError(
                 "a split kernel should have at least two channels in each group: with one it is only a "
-                f'shift. Use method="exponential". Found a weight of size {geometry.size} with '
+                f'shift. Use method="exponential"{patches}. Found a weight of size {geometry.size} with '
                 f"{self.groups} groups"
             )
         seen = self.columns * prod(self.patch)

@@ -142,7 +142,10 @@ class Lattice:
         extent = Placement.centred(taps, dilation).extent(taps)
         if not folds and any(n < k for n, k in zip(domain, extent, strict=True)):
             what = "taps" if extent == taps else "taps with their dilation,"
-            raise ValueError(f"domain should be at least the kernel's {what} {extent}. Found {domain}")
+            raise ValueError(
+                f"domain should be at least the kernel's {what} {extent}. Found {domain}: use larger "
+                "images, or fewer taps, or what is orthogonal on images of every size"
+            )
         if any(n % s for n, s in zip(domain, stride, strict=True)):
             which = f"the kernel's own size {taps} (domain=None)" if own else f"domain={domain}"
             raise ValueError(f"{which} should be divisible by the stride. Found stride={stride}")
