@@ -959,3 +959,32 @@ def test_the_exponential_of_a_given_domain_on_a_smaller_torus(
     compiled = torch.func.vmap(conv.parametrizations.weight[0])(generator.detach()[None])[0]
     assert used[-1] is None
     assert (compiled - conv.weight).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"domain": 16},
+        {"boundary": "walls"},
+        {"method": "split"},
+        {"method": "split", "boundary": "walls"},
+    ],
+)
+def test_a_decoder_with_the_encoders_parameter_is_its_inverse_in_training(options, dtype):
+    torch.manual_seed(0)
+    encoder = orthogonal(nn.Conv2d(4, 16, 4, stride=2, padding=1, bias=False, dtype=dtype), **options)
+    transposed = nn.ConvTranspose2d(16, 4, 4, stride=2, padding=1, bias=False, dtype=dtype)
+    decoder = orthogonal(transposed, **options)
+    decoder.load_state_dict(encoder.state_dict())
+    decoder.parametrizations.weight.original = encoder.parametrizations.weight.original
+    optimizer = torch.optim.SGD(encoder.parameters(), 0.1)
+    x = random(2, 4, 16, 16, dtype=dtype)
+    for _ in range(3):
+        y = encoder(x)
+        y = decoder(y.conj()).conj() if dtype.is_complex else decoder(y)
+        close(y, x, atol=1e-5, rtol=0)
+        optimizer.zero_grad()
+        encoder(x).abs().sum().backward()
+        optimizer.step()
