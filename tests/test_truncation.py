@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -328,3 +329,28 @@ def test_degrees_have_a_range():
     smallest = Degree.of("expm", 1e-6, (1, 1), 0.0)
     assert smallest.covers(0.0)
     assert smallest.covers(0.25)
+
+
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support", "ignore:`torch.jit")
+@pytest.mark.parametrize("copied", [False, True])
+def test_compiled_code_warns_of_a_kernel_that_its_generator_has_outgrown(copied):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    conv = orthogonal(nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    conv = copy.deepcopy(conv) if copied else conv
+    x = torch.randn(1, 2, 40, 39)
+    conv(x)
+    compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(x).sum().backward()
+    with torch.no_grad():
+        conv.parametrizations.weight.original.mul_(3)
+    with pytest.warns(UserWarning, match=r"kernel of Conv2d\(2, 2.*outgrown.*outside of torch.compile"):
+        y = compiled(x)
+    z = conv(x)
+    assert (y - z).norm() > 1e-5 * z.norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(x), z, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()

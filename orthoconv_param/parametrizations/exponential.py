@@ -9,6 +9,7 @@ On a lattice with spectra ``X`` (generator) and ``B`` (base), padded to ``m x m`
 at each frequency. ``exp`` may be another map from skew to unitary matrices.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil, isqrt
@@ -28,9 +29,10 @@ from ..torus.geometry import Geometry
 from ..torus.lattice import Lattice, Placement, pack, unpack
 from . import signature
 from .degree import COMPACT_TOLERANCE, Degree, default_tolerance
-from .plan import Family, Plan, make_plan
+from .plan import Family, Plan, make_plan, norm_of
 from .registered import Registered
 from .truncation import outermost
+from .watch import Watch, watched
 
 
 class ConvExponential(Registered):
@@ -86,7 +88,8 @@ class ConvExponential(Registered):
     is found anew on assignment, when the norm leaves its range (a factor of 1.4), and when the outermost
     taps grow so large that ``tol`` may be exceeded. A checkpoint holds the result. In compiled code and
     under ``vmap``, ``K`` is that of the last ordinary call, and what was measured then may not hold for
-    other generators, even of the same norm. On other devices ``K`` follows from the norm alone.
+    other generators, even of the same norm. (Compiled code on a CPU warns when it may not.) On other
+    devices ``K`` follows from the norm alone.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -165,6 +168,7 @@ class ConvExponential(Registered):
         self._reader = runtime.LateReader()
         self._edge_reader = runtime.LateReader(waits=False)
         self._issued = runtime.LastIssued()
+        self._watch = Watch()
 
     @classmethod
     def placed(
@@ -312,7 +316,30 @@ class ConvExponential(Registered):
         plan = make_plan(self._family(), kernel, self.compact, self._reader, images, dilation)
         if self.compact is None or plan.norm is not None:
             self.compact = plan.degree
-        return plan.lattice, self._matrices(kernel.to(plan.dtype), plan)
+        if not runtime.is_compiling():
+            self._watch.fill(self._warn)
+        Q = self._matrices(kernel.to(plan.dtype), plan)
+        if plan.truncated and runtime.is_compiled_whole() and runtime.may_wait(Q.device):
+            Q = watched(Q, kernel.detach(), self._watch.number)
+        return plan.lattice, Q
+
+    def _warn(self, kernel: Tensor, Q: Tensor) -> None:
+        """Warn if a compact kernel of compiled code is too small for its generator."""
+        family, compact = self._family(), self.compact
+        if compact is None:
+            return
+        W = family.lattice(compact).kernel(Q)
+        norm = norm_of(family.geometry, kernel, runtime.LateReader())
+        edge = outermost(W, family.geometry.groups, family.reach, family.geometry.stride)
+        outgrown = compact.edge is not None and float(edge) > compact.edge
+        if outgrown or (norm is not None and norm > compact.level * (1 + 1e-6)):
+            of = "the weight" if self.owner is None else self.owner
+            warnings.warn(
+                f"compiled code computes the kernel of {of} with the taps that it had at the last ordinary "
+                "call, which its generator has outgrown: the defect may exceed tol. Call the module now "
+                "and then outside of torch.compile, which then compiles it anew",
+                stacklevel=2,
+            )
 
     @runtime.in_full_precision
     def generator(self, X: Tensor) -> Generator:

@@ -123,6 +123,7 @@ class Plan:
         degree: of the compact kernel, from now on.
         smaller: a torus on which the exponential has all the taps that count, if it is taken there.
         refined: the precision in which rounding is removed; None if it is not.
+        truncated: whether the matrices are those of a compact kernel.
     """
 
     lattice: Lattice
@@ -132,6 +133,7 @@ class Plan:
     degree: Degree | None
     smaller: Lattice | None
     refined: torch.dtype | None
+    truncated: bool
 
 
 def make_plan(
@@ -185,7 +187,7 @@ def make_plan(
         elif 4 * rounding * degree.level > family.tolerance:
             refined = torch.complex64
     smaller = None if family.is_compact or dtype not in _SINGLE else smaller_torus(family, norm)
-    return Plan(lattice, placement, dtype, norm, degree, smaller, refined)
+    return Plan(lattice, placement, dtype, norm, degree, smaller, refined, truncated)
 
 
 def smaller_torus(family: Family, norm: float | None) -> Lattice | None:
