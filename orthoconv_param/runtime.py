@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, wraps
+from itertools import count
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -49,6 +50,29 @@ def is_compiled_whole() -> bool:
     """Return True in what is compiled, not exported, where only a backward pass asks for derivatives."""
     exported = getattr(torch.compiler, "is_exporting", is_compiling)  # which torch 2.6 does not tell
     return is_compiling() and not (exported() or torch._C._are_functorch_transforms_active())
+
+
+_numbers = count()
+_numbered: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class Numbered:
+    """Is found by its number from compiled code, which takes tensors and numbers. A copy has its own."""
+
+    number: int
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        _numbered[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        Numbered.__init__(self)
+
+
+def numbered(number: int) -> Any:
+    """Return what has a number."""
+    return _numbered[number]
 
 
 def is_exported_directly() -> bool:

@@ -3,41 +3,16 @@
 Note [terms in compiled code]
 Compilers see no values, so that a norm in their code is that of the last ordinary call, and so would be the
 number of terms. On a CPU the norm is therefore read by an operator that they do not look into, and the
-operator that applies the series takes the terms for it. A compiled generator is known to them by a number.
+operator that applies the series takes the terms for it. Both ask what follows the norm, `walled.Norm`.
 """
 
-from itertools import count
-from typing import NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import runtime
 from ..torus.geometry import Geometry
-
-
-class Follower(Protocol):
-    """Knows how many terms the norm of a generator takes."""
-
-    def level(self, kernel: Tensor) -> float:
-        """Return the norm of a generator, rounded up."""
-        ...
-
-    def coefficients(self, level: float) -> tuple[float, ...]:
-        """Return those of the series for that norm."""
-        ...
-
-
-FOLLOWERS: WeakValueDictionary[int, Follower] = WeakValueDictionary()
-_numbers = count()
-
-
-def number_of(follower: Follower) -> int:
-    """Return a new number, under which compiled code finds a follower."""
-    number = next(_numbers)
-    FOLLOWERS[number] = follower
-    return number
 
 
 class Generator(NamedTuple):
@@ -49,7 +24,7 @@ class Generator(NamedTuple):
         norm: which its skew part does not exceed.
         coefficients: of the map's series for that norm: see `matrices.chebyshev`.
         coin: ``(groups, m, m)``, orthogonal matrices that act on each pixel besides; or None.
-        number: under which compiled code finds what follows its norm; None if nothing does.
+        number: of what follows its norm in compiled code, a `runtime.Numbered`; None elsewhere.
     """
 
     kernel: Tensor
@@ -63,7 +38,7 @@ class Generator(NamedTuple):
 @torch.library.custom_op("orthoconv_param::level", mutates_args=())
 def level(kernel: Tensor, number: int) -> Tensor:
     """Return the norm of a generator now, rounded up, as a scalar: see Note [terms in compiled code]."""
-    return torch.tensor(FOLLOWERS[number].level(kernel), dtype=torch.float64)
+    return torch.tensor(runtime.numbered(number).level(kernel), dtype=torch.float64)
 
 
 @level.register_fake

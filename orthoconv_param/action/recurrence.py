@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import runtime
 from ..matrices import by_hand
 from ..torus.geometry import convolve, wrapped
-from .generator import FOLLOWERS, few_of
+from .generator import few_of
 
 _CACHED_BYTES = 2**21  # of images that go through all terms at once, on a CPU
 _KEPT_BYTES = 2**24  # of one phi, above which none is kept for the backward pass
@@ -244,7 +244,7 @@ class Followed(NamedTuple):
     Args:
         level: the norm, a scalar.
         norm: by which ``B`` was divided.
-        number: under which the series for a norm is found.
+        number: of what knows the series for a norm.
     """
 
     level: Tensor | None
@@ -294,7 +294,7 @@ def _rule(level: Tensor | None, coefficients: list[float], *fields: Any) -> tupl
     *step, reduced, norm, number = fields
     if level is None:
         return Series(tuple(coefficients), Step(*step), reduced), 1
-    terms = few_of(FOLLOWERS[number].coefficients(level.item()), reduced)
+    terms = few_of(runtime.numbered(number).coefficients(level.item()), reduced)
     return Series(terms, Step(*step), reduced), norm / level.item()
 
 

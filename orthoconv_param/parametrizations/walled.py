@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from ..action.generator import Generator, number_of
+from ..action.generator import Generator
 from ..action.skew import Layout, coarse_kernel
 from ..checks import at_least_single, check_dtype, check_finite
 from ..matrices import maps
@@ -26,7 +26,7 @@ from .plan import follow, norm_of
 from .registered import Registered
 
 
-class Norm:
+class Norm(runtime.Numbered):
     """Follows the norm of a generator: what it is at most, and how many terms that takes.
 
     Args:
@@ -35,15 +35,11 @@ class Norm:
     """
 
     def __init__(self, geometry: Geometry, triv: str | maps.Trivialization) -> None:
+        super().__init__()
         self.geometry = geometry
         self.triv = triv
         self.degree: Degree | None = None
         self.reader = runtime.LateReader()
-        self.number = number_of(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.number = number_of(self)  # a copy has its own
 
     def generator(self, kernel: Tensor, dtype: torch.dtype, coin: Tensor | None) -> Generator:
         """Return what is exponentiated of a generator in space, which is of a dtype as it is trained.

@@ -4,26 +4,19 @@ Compilers see no values. An operator that they do not look into does, and return
 """
 
 from collections.abc import Callable
-from itertools import count
 from typing import Any
-from weakref import WeakMethod, WeakValueDictionary
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
-_numbers = count()
+from .. import runtime
 
 
-class Watch:
-    """Finds a parametrization from compiled code by a number; a copy has its own.
+class Watch(runtime.Numbered):
+    """Finds a parametrization from compiled code. It is empty until an ordinary call fills it."""
 
-    It is empty until an ordinary call of the parametrization fills it.
-    """
-
-    def __init__(self) -> None:
-        self.number = next(_numbers)
-        self._look: WeakMethod[Callable[[Tensor, Tensor], None]] | None = None
-        _WATCHES[self.number] = self
+    _look: WeakMethod[Callable[[Tensor, Tensor], None]] | None = None
 
     def fill(self, look: Callable[[Tensor, Tensor], None]) -> None:
         """Take the method that looks at a generator and its matrices."""
@@ -39,19 +32,11 @@ class Watch:
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-
-
-_WATCHES: WeakValueDictionary[int, Watch] = WeakValueDictionary()
-
 
 @torch.library.custom_op("orthoconv_param::watched", mutates_args=())
 def watched(Q: Tensor, kernel: Tensor, number: int) -> Tensor:
     """Return the matrices of a generator, and warn if they need more taps than they have."""
-    watch = _WATCHES.get(number)
-    if watch is not None:
-        watch.look(kernel, Q)
+    runtime.numbered(number).look(kernel, Q)
     return Q.clone()
 
 
