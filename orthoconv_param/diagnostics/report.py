@@ -159,14 +159,14 @@ def report(
         >>> import torch
         >>> from torch import nn
         >>> from orthoconv_param import report, retrofit
-        >>> model = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.Conv1d(2, 1, 1))
+        >>> model = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1, bias=False), nn.Conv1d(2, 1, 1))
         >>> _ = nn.init.dirac_(model[0].weight), nn.init.constant_(model[1].weight, 0.5)
         >>> x = torch.randn(1, 2, 8)
         >>> print(report(retrofit(model, x, select="1"), x))
         name  convolution                   domain  smallest  largest   defect  mean gain  parametrized  method  t  parameters
         ----------------------------------------------------------------------------------------------------------------------
-        0     Conv1d 2 -> 2, 3 taps, zeros  8              1        1  0.0e+00          1            no       -  -  14 (82.4%)
-        1     Conv1d 2 -> 1, 1 tap          8         0.7071   0.7071  2.9e-01     0.7071           yes   split  0   3 (17.6%)
+        0     Conv1d 2 -> 2, 3 taps, zeros  8              1        1  0.0e+00          1            no       -  -  12 (80.0%)
+        1     Conv1d 2 -> 1, 1 tap          8         0.7071   0.7071  2.9e-01     0.7071           yes   split  0   3 (20.0%)
     """  # noqa: E501
     names = convolutions_of(model, MEASURED)
     asked = {}
