@@ -394,7 +394,7 @@ def test_what_is_orthogonal_already_is_left_alone():
     assert all(a is b for a, b in zip(moves, model.move.parameters(), strict=True))
     set_orthogonality(model, 1, final=True)
     assert [row.name for row in report(model, video).rows if row.parametrized == "yes"][-1] == "move"
-    with pytest.raises(ValueError, match="not orthogonal yet. Found only"):
+    with pytest.raises(ValueError, match=r"not orthogonal yet\. Found only"):
         retrofit(model, video, blocks="recurrent")
     for options in ({"select": "move", "blocks": "recurrent"}, {"blocks": {"move": [(slice(0, 4),) * 2]}}):
         with pytest.raises(ValueError, match="move: module should not be parametrized yet"):
