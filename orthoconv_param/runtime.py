@@ -47,8 +47,11 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def is_compiled_whole() -> bool:
-    """Return True in what is compiled, not exported, where only a backward pass asks for derivatives."""
-    exported = getattr(torch.compiler, "is_exporting", is_compiling)  # which torch 2.6 does not tell
+    """Return True in what is compiled, not exported, where only a backward pass asks for derivatives.
+
+    Torch 2.7 does not tell its compiler which of both it is. There this is always False.
+    """
+    exported = getattr(torch.compiler, "is_exporting", is_compiling)
     return is_compiling() and not (exported() or torch._C._are_functorch_transforms_active())
 
 

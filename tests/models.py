@@ -5,7 +5,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from orthoconv_param import ConvExponential, SplitExponential, orthogonal, retrofit, set_orthogonality
+from orthoconv_param import (
+    ConvExponential,
+    SplitExponential,
+    orthogonal,
+    retrofit,
+    runtime,
+    set_orthogonality,
+)
 from orthoconv_param.functional import gate_blocks
 from orthoconv_param.operators import evaluate
 
@@ -428,6 +435,12 @@ def evaluated(monkeypatch, name):
     """From now on operators are evaluated in the way of that name, whatever it costs."""
     (way,) = (evaluator for evaluator in evaluate.EVALUATORS if evaluator.name == name)
     monkeypatch.setattr(evaluate, "choose", lambda *_: way)
+
+
+def tells_compiling_from_exporting():
+    """Whether torch tells its compiler whether it is to export: 2.7 does not."""
+    torch.compiler.reset()
+    return bool(torch.compile(lambda x: x + runtime.is_compiled_whole(), backend="eager")(torch.zeros(1)))
 
 
 def constrained(model):
