@@ -93,6 +93,8 @@ class Partition:
 
     def assembled(self, blocks: Tensor, rest: Tensor | None) -> Tensor:
         """Return the weight of stacked blocks and other taps; zeros where these are None."""
+        # Joined, not written into one tensor: that takes up to six times as long, and of many small writes
+        # torch's compiler (2.13, with g++ 12 on CPUs without AVX-512) makes nan.
         taps, bands = tuple(blocks.shape[2:]), self._bands
         if rest is None:
             rest = blocks.new_zeros(len(self._others), 1, *taps)
@@ -102,13 +104,13 @@ class Partition:
         )
         stacked = blocks.split([rows for _, rows in pieces])
         made = {first: rows for (first, _), rows in zip(pieces, stacked, strict=True)}
-        bands_made = []
+        joined = []
         for band, others in zip(bands, free, strict=True):
             widths = [columns for columns, first in band.parts if first is None]
             between = iter(others.reshape(band.rows, band.free, *taps).split(widths, 1) if widths else ())
             parts = [next(between) if first is None else made[first] for _, first in band.parts]
-            bands_made.append(torch.cat(parts, 1))
-        return torch.cat(bands_made) if len(bands_made) > 1 else bands_made[0]
+            joined.append(torch.cat(parts, 1))
+        return torch.cat(joined) if len(joined) > 1 else joined[0]
 
     def free(self, device: torch.device) -> Tensor:
         """Return the places of the other pairs of channels, among all of them."""
