@@ -26,6 +26,9 @@ from .compose import Line, extended, lines, weight
 from .walls import Walled, between_walls
 
 
+_FEW = 16  # columns of a matrix, from which on the order makes no difference
+
+
 class Strip(NamedTuple):
     """What reads and writes along the walls of some axes, or at the corners.
 
@@ -169,8 +172,8 @@ class Mending:
         y = F.conv2d(x, kernel, bias, 1, self.padding, 1, self.groups)
         part, into = self.taken.of(x), self.given.room(y)
         for strip, M in zip(self.strips, matrices, strict=True):
-            X = self._side_by_side(_read(part, strip, strip.taps).unfold(4, strip.taps, 1))
-            _add(into, self._apart(torch.bmm(M.flatten(0, 1), X), strip, x.shape), strip)
+            V = _product(M.flatten(0, 1), self._side_by_side(_read(part, strip, strip.taps)))
+            _add(into, self._apart(V, strip, x.shape), strip)
         self.given.put(y, into)
         return y, ()
 
@@ -186,11 +189,11 @@ class Mending:
         part, arrived, dmatrices = self.taken.of(x), self.given.of(G), []
         into = self.taken.room(dx) if needed[0] else None
         for strip, M in zip(self.strips, matrices, strict=True):
-            X = self._side_by_side(_read(part, strip, strip.taps).unfold(4, strip.taps, 1))
-            V = self._side_by_side(_read(arrived, strip, 1).unsqueeze(5))
+            X = self._side_by_side(_read(part, strip, strip.taps))
+            V = self._side_by_side(_read(arrived, strip, 1))
             dmatrices.append(torch.bmm(V, X.mT).view(M.shape))
             if into is not None:
-                dX = self._apart(torch.bmm(M.flatten(0, 1).mT, V), strip, x.shape, strip.taps)
+                dX = self._apart(_product(M.flatten(0, 1).mT, V), strip, x.shape, strip.taps)
                 _add(into, dX, strip)
         if into is not None:
             self.taken.put(dx, into)
@@ -256,18 +259,19 @@ def _length(strip: Strip, size: Sequence[int]) -> int:
 
 
 def _read(x: Tensor, strip: Strip, taps: int) -> Tensor:
-    """Return strips and zeros beyond their ends, ``(ends, batch, channels, width, length + taps - 1)``."""
+    """Return strips and zeros beyond their ends, ``(ends, batch, channels, width, length, taps)``."""
     views = _views(x, strip)
-    if not strip.axes:
-        return views[0].flatten(0, 1).flatten(3).unsqueeze(4)
+    batch, channels = x.shape[:2]
+    if not strip.axes:  # laid out as the matrices will be, so that they are copied once
+        corners = views[0].permute(0, 1, 3, 4, 5, 2).reshape(4, channels, -1, batch)
+        return corners.permute(0, 3, 1, 2)[..., None, None]
     if len(views) == 1 and taps == 1:
-        return views[0]
-    length = _length(strip, x.shape)
-    _, batch, channels, width, _ = views[0].shape
+        return views[0].unsqueeze(5)
+    width, length = views[0].shape[3], _length(strip, x.shape)
     X = x.new_zeros(2 * len(views), batch, channels, width, length + taps - 1)
     for i, view in enumerate(views):
         X.narrow(0, 2 * i, 2).narrow(4, taps // 2, view.shape[4]).copy_(view)
-    return X
+    return X.unfold(4, taps, 1)
 
 
 def _add(y: Tensor, V: Tensor, strip: Strip) -> None:
@@ -277,7 +281,14 @@ def _add(y: Tensor, V: Tensor, strip: Strip) -> None:
         views[0].add_(V.reshape(views[0].shape))
         return
     for i, view in enumerate(views):
-        view.add_(V.narrow(0, 2 * i, 2).narrow(4, 0, view.shape[4]))
+        here = V.narrow(0, 2 * i, 2).narrow(4, 0, view.shape[4])
+        for pixel in range(view.shape[3]):  # since loops over one or two pixels of a row are slow
+            view.select(3, pixel).add_(here.select(3, pixel))
+
+
+def _product(M: Tensor, X: Tensor) -> Tensor:
+    """Return ``M X``: its transpose by the transposed factors, since few columns are slow."""
+    return torch.bmm(X.mT, M.mT).mT if X.shape[2] < _FEW else torch.bmm(M, X)
 
 
 def _views(x: Tensor, strip: Strip) -> list[Tensor]:
