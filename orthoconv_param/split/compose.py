@@ -127,7 +127,7 @@ class _Joined:
             dK = torch.cat([torch.bmm(adjoint(V_A), G_A), torch.bmm(adjoint(V_B), G_B)], 1).view(K.shape)
         dD_A = torch.cat([dV_A[:, :rows], dV_B[:, rows:]], 2)
         dD_B = torch.cat([dV_A[:, rows:], dV_B[:, :rows]], 2)
-        return dK, *_products_gradients(dD_A, dD_B, pair, coin)
+        return dK, *products_gradients(dD_A, dD_B, pair, coin)
 
     def _matrices(self, pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
         half = pair.shape[1] // 2
@@ -139,84 +139,12 @@ class _Joined:
 JOINED = _Joined()
 
 
-def _products_gradients(dD_A: Tensor, dD_B: Tensor, pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
+def products_gradients(dD_A: Tensor, dD_B: Tensor, pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients by the pair and the coin, of those by ``D_A`` and ``D_B``."""
     half = pair.shape[1] // 2
     dcoin = [torch.bmm(dD_A, adjoint(pair[:, :half])), torch.bmm(dD_B, adjoint(pair[:, half:]))]
     dpair = [torch.bmm(adjoint(coin[..., :half]), dD_A), torch.bmm(adjoint(coin[..., half:]), dD_B)]
     return torch.cat(dpair, 1), torch.cat(dcoin, 2)
-
-
-def extended(K: Tensor, pair: Tensor, coin: Tensor) -> Tensor:
-    """Return the three taps of ``C L O L^H K``, and what its ends take between walls.
-
-        first = (C[:, B] - D_B[:, B]) K_B,    last = (C[:, A] - D_A[:, A]) K_A
-
-    Args:
-        K: ``(groups, m, columns)``, of one tap on this axis.
-        pair: ``O``, ``(groups, m, m)``.
-        coin: ``C``, ``(groups, rows, m)``.
-
-    Returns:
-        ``(groups, rows, 5, columns)``: taps, first and last end.
-    """
-    return by_hand.apply(EXTENDED, K, pair, coin)
-
-
-class _Extended:
-    """The rule of `extended`. ``V_A`` and ``V_B`` are the matrices that ``K_A`` and ``K_B`` are taken by.
-
-    First stand those of the middle tap, then of the tap that moves, then of the end.
-    """
-
-    def plain(self, *inputs: Tensor) -> Tensor:
-        """Return taps and ends."""
-        K, pair, coin = inputs
-        half = K.shape[1] // 2
-        V_A, V_B = self._matrices(pair, coin)
-        stay_A, back, last = (V_A @ K[:, :half]).chunk(3, 1)
-        stay_B, on, first = (V_B @ K[:, half:]).chunk(3, 1)
-        return torch.stack([back, stay_A + stay_B, on, first, last], 2)
-
-    def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return taps and ends, ``V_A`` and ``V_B``."""
-        K, pair, coin = inputs
-        half, rows = K.shape[1] // 2, coin.shape[1]
-        V_A, V_B = self._matrices(pair, coin)
-        of_A, of_B = torch.bmm(V_A, K[:, :half]), torch.bmm(V_B, K[:, half:])
-        result = K.new_empty(K.shape[0], rows, 5, K.shape[2])
-        torch.add(of_A[:, :rows], of_B[:, :rows], out=result[:, :, 1])
-        result[:, :, 0], result[:, :, 4] = of_A[:, rows : 2 * rows], of_A[:, 2 * rows :]
-        result[:, :, 2], result[:, :, 3] = of_B[:, rows : 2 * rows], of_B[:, 2 * rows :]
-        return result, (V_A, V_B)
-
-    def gradient(
-        self, G: Tensor, inputs: Sequence[Tensor], kept: Sequence[Tensor], needed: Sequence[bool]
-    ) -> Any:
-        """Return the gradients by ``K``, the pair and the coin."""
-        K, pair, coin = inputs
-        V_A, V_B = kept
-        half, rows = K.shape[1] // 2, coin.shape[1]
-        G_A = torch.cat([G[:, :, 1], G[:, :, 0], G[:, :, 4]], 1)
-        G_B = torch.cat([G[:, :, 1], G[:, :, 2], G[:, :, 3]], 1)
-        dV_A, dV_B = torch.bmm(G_A, adjoint(K[:, :half])), torch.bmm(G_B, adjoint(K[:, half:]))
-        dK = None
-        if needed[0]:
-            dK = torch.cat([torch.bmm(adjoint(V_A), G_A), torch.bmm(adjoint(V_B), G_B)], 1)
-        (stay_A, back, last), (stay_B, on, first) = dV_A.split(rows, 1), dV_B.split(rows, 1)
-        dD_A, dD_B = torch.cat([stay_A - last, on], 2), torch.cat([back, stay_B - first], 2)
-        dpair, dcoin = _products_gradients(dD_A, dD_B, pair, coin)
-        return dK, dpair, dcoin.add_(torch.cat([last, first], 2))
-
-    def _matrices(self, pair: Tensor, coin: Tensor) -> tuple[Tensor, Tensor]:
-        half = pair.shape[1] // 2
-        C_A, C_B = coin[..., :half], coin[..., half:]
-        D_A, D_B = torch.bmm(C_A, pair[:, :half]), torch.bmm(C_B, pair[:, half:])
-        V_A = torch.cat([D_A[..., :half], D_B[..., :half], C_A - D_A[..., :half]], 1)
-        return V_A, torch.cat([D_B[..., half:], D_A[..., half:], C_B - D_B[..., half:]], 1)
-
-
-EXTENDED = _Extended()
 
 
 def shifted(K: Tensor, coin: Tensor, half: int) -> Tensor:
@@ -265,6 +193,11 @@ def weight(
     x = x.permute(0, 1, x.ndim - 1, *order)
     for axis in range(axes):
         x = _added(x, 3 + axis)
+    return placed(chain, x)
+
+
+def placed(chain: Chain, x: Tensor) -> Tensor:
+    """Return taps ``(groups, rows, columns, *taps)`` where the weight has them."""
     missing = zip(chain.taps, x.shape[3:], chain.first, strict=True)
     padding = [n for k, have, first in reversed([*missing]) for n in (first, k - have - first)]
     x = F.pad(x, padding) if any(padding) else x

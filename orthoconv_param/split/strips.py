@@ -22,9 +22,8 @@ from .. import runtime
 from ..matrices import by_hand
 from ..torus.geometry import per_channel
 from .chain import Chain, Factors
-from .compose import Line, extended, lines, weight
-from .walls import Walled, between_walls
-
+from .compose import Line, lines, placed, weight
+from .walls import extended
 
 _FEW = 16  # columns of a matrix, from which on the order makes no difference
 
@@ -49,7 +48,7 @@ class Edges(NamedTuple):
     Args:
         kernel: ``(out, in/groups, *taps)``.
         strips: what its edges take.
-        matrices: of each strip, ``(ends, groups, rows * width, columns * width * taps)``; ends are the
+        matrices: of each strip, ``(ends, groups, rows * width, width * taps * columns)``; ends are the
             first and the last wall of each axis, or the four corners.
     """
 
@@ -61,73 +60,50 @@ class Edges(NamedTuple):
 def edges(chain: Chain, factors: Factors) -> Edges:
     """Return a kernel of two axes of space, of stride 1, and what its edges take."""
     of_lines = lines(chain, factors)
-    if [len(line.pairs) for line in of_lines] == [1, 1]:
-        return _of_two_pairs(chain, *of_lines)
-    walled = [between_walls(line, with_short=False) for line in of_lines]
-    kernel = weight(chain, factors, of_lines, [line.kernel for line in walled])
-    if not walled:
-        return Edges(kernel, (), ())
-    if len(walled) == 1:
-        (line,) = walled
-        width = len(of_lines[0].pairs)
-        return Edges(kernel, (Strip((line.axis + 2,), (width, width), 1),), (line.ends,))
-    v, w = (len(line.pairs) for line in of_lines)
-    return Edges(kernel, *_of_two(walled[0], walled[1], v, w))
+    if not of_lines:
+        return Edges(weight(chain, factors, of_lines), (), ())
+    pairs = [0, 0]
+    for line in of_lines:
+        pairs[line.axis] = len(line.pairs)
+    K = extended(of_lines[0].right.unsqueeze(2), of_lines[0])
+    K = _after(of_lines[1], K) if len(of_lines) > 1 else K.unsqueeze(3 if pairs[1] else 2)
+    return _edges(chain, K, *pairs)
 
 
-def _of_two_pairs(chain: Chain, first: Line, second: Line) -> Edges:
-    """Return a kernel of one pair on each axis, and what its edges take."""
-    groups, columns = chain.groups, chain.columns
-    K = first.right
-    for line in (first, second):
-        ((pair, coin),) = line.pairs
-        K = extended(K.flatten(2), pair, coin)
-    # (groups, rows, taps and ends of the second axis, of the first, columns)
-    K = K.unflatten(3, (5, columns))
-    W, A, B, C = K[:, :, :3, :3], K[:, :, :3, 3:], K[:, :, 3:, :3], K[:, :, 3:, 3:]
-    W = W.permute(0, 1, 4, 3, 2) if first.axis < second.axis else W.permute(0, 1, 4, 2, 3)
-    A, B = A.permute(3, 0, 1, 4, 2), B.permute(2, 0, 1, 4, 3)  # (ends, groups, rows, columns, taps)
-    ends = torch.cat([A, B] if first.axis < second.axis else [B, A]).flatten(3)
-    C = C.permute(3, 2, 0, 1, 4) if first.axis < second.axis else C.permute(2, 3, 0, 1, 4)
-    corners = C.flatten(0, 1)
-    taps = [3 if t > 1 else 1 for t in chain.taps]
-    kernel = W.reshape(groups * chain.rows, columns, *taps)
-    return Edges(kernel, (Strip((2, 3), (1, 1), 3), Strip((), (1, 1), 1)), (ends, corners))
+def _after(line: Line, K: Tensor) -> Tensor:
+    """Return taps and ends of a line after those of another: ``(groups, rows, its, others, columns)``."""
+    if len(line.pairs) == 1:  # fewer products than of all with all
+        return extended(K.flatten(2).unsqueeze(2), line).unflatten(3, K.shape[2:])
+    E = extended(line.right.unsqueeze(2), line)
+    product = torch.bmm(E.flatten(1, 2), K.flatten(2))
+    return product.unflatten(1, E.shape[1:3]).unflatten(3, K.shape[2:])
 
 
-def _of_two(first: Walled, second: Walled, v: int, w: int) -> tuple[tuple[Strip, ...], tuple[Tensor, ...]]:
-    """Return the strips of two lines of so many pairs, and their matrices."""
-    groups, rows, taps_of_second, m = second.kernel.shape
-    _, _, taps_of_first, columns = first.kernel.shape
-    # Z_second E_first: rows (row, p), columns (column, q, tap along the walls)
-    E = first.ends.reshape(2, groups, m, v * columns * v)
-    A = (second.kernel.flatten(1, 2) @ E).reshape(2, groups, rows, taps_of_second, v, columns * v)
-    A = A.permute(0, 1, 2, 4, 5, 3).reshape(2, groups, rows * v, columns * v * taps_of_second)
-    # E_second Z_first
-    E = second.ends.reshape(2, groups, rows * w, m, w).transpose(3, 4).flatten(2, 3)
-    B = (E @ first.kernel.flatten(2)).reshape(2, groups, rows * w, w, taps_of_first, columns)
-    B = B.permute(0, 1, 2, 5, 3, 4).reshape(2, groups, rows * w, columns * w * taps_of_first)
-    # E_second E_first at the corners: the first axis' ends change slower
-    C = E.unsqueeze(0) @ first.ends.reshape(2, 1, groups, m, v * columns * v)
-    C = C.reshape(4, groups, rows, w, w, v, columns, v).permute(0, 1, 2, 5, 3, 6, 7, 4)
-    C = C.reshape(4, groups, rows * v * w, columns * v * w)
-    x, y = first.axis + 2, second.axis + 2
-    strips = Strip((x,), (v, v), taps_of_second), Strip((y,), (w, w), taps_of_first)
-    if x > y:  # rows of images come first
-        A, B, strips = B, A, strips[::-1]
-        C = _turned(C, rows, columns, v, w)
-        v, w = w, v
-    corners = Strip((), (v, w), 1)
-    if A.shape == B.shape:
-        return (Strip((2, 3), (v, w), taps_of_first), corners), (torch.cat([A, B]), C)
-    return (*strips, corners), (A, B, C)
+def _edges(chain: Chain, K: Tensor, v: int, u: int) -> Edges:
+    """Return a kernel and what its edges take.
 
-
-def _turned(C: Tensor, rows: int, columns: int, v: int, w: int) -> Tensor:
-    """Return the corners' matrices with their axes of space the other way round."""
-    C = C.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1)
-    C = C.unflatten(3, (columns, v, w)).transpose(4, 5).flatten(3)
-    return C.unflatten(2, (rows, v, w)).transpose(3, 4).flatten(2, 4)
+    Args:
+        chain: of the factors.
+        K: taps and ends, ``(groups, rows, of the second axis, of the first, columns)``.
+        v: pairs on the first axis.
+        u: pairs on the second.
+    """
+    (W, A), (B, C) = (part.split([2 * v + 1, 2 * v**2], 3) for part in K.split([2 * u + 1, 2 * u**2], 2))
+    # ends first, then rows and the pixels that they write; the pixels and taps that are read, then columns
+    A = A.unflatten(3, (2, v, v)).permute(3, 0, 1, 4, 5, 2, 6).flatten(4).flatten(2, 3)
+    B = B.unflatten(2, (2, u, u)).permute(2, 0, 1, 3, 4, 5, 6).flatten(4).flatten(2, 3)
+    C = C.unflatten(3, (2, v, v)).unflatten(2, (2, u, u)).permute(5, 2, 0, 1, 6, 3, 7, 4, 8)
+    C = C.flatten(6).flatten(3, 5).flatten(0, 1)
+    first, second = Strip((2,), (v, v), 2 * u + 1), Strip((3,), (u, u), 2 * v + 1)
+    strips = [(first, A), (second, B), (Strip((), (v, u), 1), C)]
+    if v == u:
+        strips[:2] = [(Strip((2, 3), (v, u), 2 * v + 1), torch.cat([A, B]))]
+    strips = [(strip, M) for strip, M in strips if M.numel()]
+    return Edges(
+        placed(chain, W.permute(0, 1, 4, 3, 2)),
+        tuple(strip for strip, _ in strips),
+        tuple(M for _, M in strips),
+    )
 
 
 @dataclass(frozen=True)
@@ -161,8 +137,10 @@ class Mending:
             X = _cut_out(part, strip)
             length = X.shape[4] - strip.taps + 1  # (unfold has no derivative under vmap)
             X = torch.stack([X.narrow(4, t, length) for t in range(strip.taps)], 5)
-            X = self._side_by_side(X)
-            V = self._apart(torch.bmm(M.flatten(0, 1), X), strip, x.shape)
+            X = X.unflatten(2, (self.sets, -1))[:, None, :, :, :, :, None]
+            V = torch.bmm(M.flatten(0, 1), _side_by_side(X, _COLUMNS))
+            V = _apart(V, (X.shape[0], 1, len(x), self.sets, -1, X.shape[5], 1, length, 1), _ROWS)
+            V = V.flatten(3, 4).select(7, 0).squeeze(5).squeeze(1)
             y = self.given.plus(y, _put_in(V, strip, y.shape))
         return y
 
@@ -172,8 +150,9 @@ class Mending:
         y = F.conv2d(x, kernel, bias, 1, self.padding, 1, self.groups)
         part, into = self.taken.of(x), self.given.room(y)
         for strip, M in zip(self.strips, matrices, strict=True):
-            V = _product(M.flatten(0, 1), self._side_by_side(_read(part, strip, strip.taps)))
-            _add(into, self._apart(V, strip, x.shape), strip)
+            X = _side_by_side(_read(part, strip, self.sets, strip.taps), _COLUMNS)
+            V = _product(M.flatten(0, 1), X)
+            _add(into, _apart(V, _shape(into, strip, self.sets, 1), _ROWS), strip)
         self.given.put(y, into)
         return y, ()
 
@@ -189,12 +168,12 @@ class Mending:
         part, arrived, dmatrices = self.taken.of(x), self.given.of(G), []
         into = self.taken.room(dx) if needed[0] else None
         for strip, M in zip(self.strips, matrices, strict=True):
-            X = self._side_by_side(_read(part, strip, strip.taps))
-            V = self._side_by_side(_read(arrived, strip, 1))
+            X = _side_by_side(_read(part, strip, self.sets, strip.taps), _COLUMNS)
+            V = _side_by_side(_read(arrived, strip, self.sets, 1), _ROWS)
             dmatrices.append(torch.bmm(V, X.mT).view(M.shape))
             if into is not None:
-                dX = self._apart(_product(M.flatten(0, 1).mT, V), strip, x.shape, strip.taps)
-                _add(into, dX, strip)
+                dX = _product(M.flatten(0, 1).mT, V)
+                _add(into, _apart(dX, _shape(into, strip, self.sets, strip.taps), _COLUMNS), strip)
         if into is not None:
             self.taken.put(dx, into)
         return dx, dkernel, *dbias, *dmatrices
@@ -204,50 +183,31 @@ class Mending:
             return inputs[0], inputs[1], inputs[2], inputs[3:]
         return inputs[0], inputs[1], None, inputs[2:]
 
-    def _side_by_side(self, X: Tensor) -> Tensor:
-        """Return strips as matrices, ``(ends * sets, channels * width * taps, batch * length)``.
 
-        Args:
-            X: ``(ends, batch, sets * channels, width, length, taps)``.
-        """
-        ends, batch, channels, width, length, taps = X.shape
-        sets = self.sets
-        if sets > 1:
-            X = X.view(ends, batch, sets, channels // sets, width, length, taps)
-            X = X.permute(0, 2, 3, 4, 6, 1, 5)
-        else:
-            X = X.permute(0, 2, 3, 5, 1, 4)
-        return X.reshape(ends * sets, channels // sets * width * taps, batch * length)
+# Strips of images: first and last wall of each axis, as long as the longer axis. Their dimensions are ends
+# of the first axis and of the second, batch, sets, channels, pixels across on each axis, length, and taps.
 
-    def _apart(self, V: Tensor, strip: Strip, size: Sequence[int], taps: int = 1) -> Tensor:
-        """Return strips of matrices: the transpose of `_side_by_side`, without what is beyond the ends.
-
-        Args:
-            V: the matrices.
-            strip: which they are.
-            size: of the images.
-            taps: along the walls.
-        """
-        v, w = strip.width
-        width, ends = (v, 2 * len(strip.axes)) if strip.axes else (v * w, 4)
-        batch, sets, length = size[0], self.sets, _length(strip, size)
-        channels = V.shape[1] // (width * taps)
-        if taps == sets == 1:
-            return V.view(ends, channels, width, batch, length).permute(0, 3, 1, 2, 4)
-        V = V.view(ends, sets, channels, width, taps, batch, length).permute(4, 0, 5, 1, 2, 3, 6)
-        V = V.flatten(3, 4)  # taps, then as strips are
-        if taps == 1:
-            return V[0]
-        total = V[taps // 2].contiguous()
-        for t in range(taps):
-            ahead = t - taps // 2
-            if abs(ahead) in range(1, length):
-                here = total.narrow(-1, max(ahead, 0), length - abs(ahead))
-                here += V[t].narrow(-1, max(-ahead, 0), length - abs(ahead))
-        return total
+_ROWS = (0, 1, 3, 4, 5, 6, 8, 2, 7)  # as the matrices' rows are, and as their columns
+_COLUMNS = (0, 1, 3, 5, 6, 8, 4, 2, 7)
 
 
-# Strips of images: first and last wall of each axis, as long as the longer axis
+def _side_by_side(X: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return strips as matrices, ``(ends * sets, rows or columns, batch * length)``."""
+    X = X.permute(order)
+    return X.reshape(X.shape[:3].numel(), X.shape[3:7].numel(), X.shape[7:].numel())
+
+
+def _apart(V: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
+    """Return strips of matrices, of a shape: the inverse of `_side_by_side`."""
+    V = V.reshape([shape[i] for i in order])
+    return V.permute([order.index(i) for i in range(9)])
+
+
+def _shape(x: Tensor, strip: Strip, sets: int, taps: int) -> list[int]:
+    """Return the shape of strips."""
+    v, u = strip.width
+    ends, width = ((2 * len(strip.axes), 1), (v, 1)) if strip.axes else ((2, 2), (v, u))
+    return [*ends, len(x), sets, x.shape[1] // sets, *width, _length(strip, x.shape), taps]
 
 
 def _length(strip: Strip, size: Sequence[int]) -> int:
@@ -258,32 +218,31 @@ def _length(strip: Strip, size: Sequence[int]) -> int:
     return longest
 
 
-def _read(x: Tensor, strip: Strip, taps: int) -> Tensor:
-    """Return strips and zeros beyond their ends, ``(ends, batch, channels, width, length, taps)``."""
-    views = _views(x, strip)
-    batch, channels = x.shape[:2]
-    if not strip.axes:  # laid out as the matrices will be, so that they are copied once
-        corners = views[0].permute(0, 1, 3, 4, 5, 2).reshape(4, channels, -1, batch)
-        return corners.permute(0, 3, 1, 2)[..., None, None]
-    if len(views) == 1 and taps == 1:
-        return views[0].unsqueeze(5)
-    width, length = views[0].shape[3], _length(strip, x.shape)
-    X = x.new_zeros(2 * len(views), batch, channels, width, length + taps - 1)
+def _read(x: Tensor, strip: Strip, sets: int, taps: int) -> Tensor:
+    """Return strips, and zeros beyond their ends."""
+    views = _views(x, strip, sets)
+    if len(views) == taps == 1:
+        return views[0].unsqueeze(8)
+    shape = _shape(x, strip, sets, taps)
+    X = x.new_zeros(*shape[:7], shape[7] + taps - 1)
     for i, view in enumerate(views):
-        X.narrow(0, 2 * i, 2).narrow(4, taps // 2, view.shape[4]).copy_(view)
-    return X.unfold(4, taps, 1)
+        X.narrow(0, 2 * i, 2).narrow(7, taps // 2, view.shape[7]).copy_(view)
+    return X.unfold(7, taps, 1)
 
 
 def _add(y: Tensor, V: Tensor, strip: Strip) -> None:
-    """Add strips to images, in place."""
-    views = _views(y, strip)
-    if not strip.axes:
-        views[0].add_(V.reshape(views[0].shape))
-        return
-    for i, view in enumerate(views):
-        here = V.narrow(0, 2 * i, 2).narrow(4, 0, view.shape[4])
-        for pixel in range(view.shape[3]):  # since loops over one or two pixels of a row are slow
-            view.select(3, pixel).add_(here.select(3, pixel))
+    """Add strips to images, in place: the transpose of `_read`."""
+    length, taps = V.shape[7:]
+    total = V.select(8, taps // 2)
+    for t in range(taps):
+        ahead = t - taps // 2
+        if abs(ahead) in range(1, length):
+            here = total.narrow(7, max(ahead, 0), length - abs(ahead))
+            here += V.select(8, t).narrow(7, max(-ahead, 0), length - abs(ahead))
+    for i, view in enumerate(_views(y, strip, V.shape[3])):
+        here = total.narrow(0, 2 * i, 2).narrow(7, 0, view.shape[7])
+        for pixel in range(view.shape[5]):  # since loops over one or two pixels of a row are slow
+            view.select(5, pixel).add_(here.select(5, pixel))
 
 
 def _product(M: Tensor, X: Tensor) -> Tensor:
@@ -291,17 +250,21 @@ def _product(M: Tensor, X: Tensor) -> Tensor:
     return torch.bmm(X.mT, M.mT).mT if X.shape[2] < _FEW else torch.bmm(M, X)
 
 
-def _views(x: Tensor, strip: Strip) -> list[Tensor]:
-    """Return views of images: of each axis ``(2, batch, channels, width, length)``, or of the corners."""
+def _views(x: Tensor, strip: Strip, sets: int) -> list[Tensor]:
+    """Return views of images without taps: of the walls of each axis, or of the corners."""
     (batch, channels, H, W), (n, c, h, w) = x.shape, x.stride()
     v, u = strip.width
+    channels //= sets
+    middle, strides = (batch, sets, channels), (n, channels * c, c)
     if not strip.axes:
-        return [x.as_strided((2, 2, batch, channels, v, u), ((H - v) * h, (W - u) * w, n, c, h, w))]
+        return [
+            x.as_strided((2, 2, *middle, v, u, 1), ((H - v) * h, (W - u) * w, *strides, h, w, w)),
+        ]
     found = []
     if 2 in strip.axes:
-        found.append(x.as_strided((2, batch, channels, v, W), ((H - v) * h, n, c, h, w)))
+        found.append(x.as_strided((2, 1, *middle, v, 1, W), ((H - v) * h, w, *strides, h, w, w)))
     if 3 in strip.axes:
-        found.append(x.as_strided((2, batch, channels, u, H), ((W - u) * w, n, c, w, h)))
+        found.append(x.as_strided((2, 1, *middle, u, 1, H), ((W - u) * w, w, *strides, w, w, h)))
     return found
 
 
