@@ -22,11 +22,10 @@ from orthoconv_param import retrofit, set_orthogonality
 
 LAYERS, CHANNELS, SIDE = 20, 64, 32
 STEPS = [  # hidden channels, taps, side, batch
-    (hidden, taps, side, 8 if side < 32 or hidden < 64 else 4)
+    (hidden, taps, side, 8 if hidden < 64 else 128 // side)
     for hidden in (16, 64, 96)
     for taps in (3, 5)
     for side in (16, 32, 64)
-    if hidden * side < 64 * 64
 ]
 MEMORY = [(16, 3, 32, 8), (64, 3, 32, 4), (64, 5, 32, 4)]
 WAYS = {"plain": None, "annealing": 0.5, "annealed": 1.0}
@@ -108,6 +107,7 @@ def steps(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
     columns = [f"{boundary}, {when}" for boundary in ("walls", "circular") for when in [*WAYS][1:]]
     print(f"\n| hidden, taps, side, batch | plain, ms | {' | '.join(columns)} |")
     print("| --- | --- | --- | --- | --- | --- |")
+    medians = []
     for size in sizes:
         ratios, plain = [], 0.0
         for mode in ("zeros", "circular"):
@@ -119,8 +119,14 @@ def steps(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
             plain = plain or 1e3 * statistics.median(times["plain"][1:])
             for way in ("annealing", "annealed"):
                 pairs = zip(times["plain"][1:], times[way][1:], strict=True)
-                ratios.append(f"{statistics.median(b / a for a, b in pairs):.2f}")
-        print(f"| {', '.join(map(str, size))} | {plain:.0f} | {' | '.join(ratios)} |", flush=True)
+                ratios.append(statistics.median(b / a for a, b in pairs))
+        medians.append(ratios)
+        print(f"| {', '.join(map(str, size))} | {plain:.0f} | {_row(ratios)} |", flush=True)
+    print(f"| median | | {_row([statistics.median(column) for column in zip(*medians, strict=True)])} |")
+
+
+def _row(ratios: list[float]) -> str:
+    return " | ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def measured(way: str, size: tuple[int, int, int, int]) -> float:
