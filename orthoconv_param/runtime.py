@@ -119,6 +119,16 @@ def is_batched(x: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Return True if a tensor is several ones, over which ``vmap`` maps. (Compilers do not tell.)"""
+    functorch = torch._C._functorch
+    while not is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def is_plain(x: Tensor) -> bool:
     """Return True where nobody asks for derivatives, and no map is made over a batch."""
     return not (torch.is_grad_enabled() or is_transformed() or is_batched(x))
@@ -262,6 +272,15 @@ def read(x: Tensor) -> float | None:
         return float(x)
     except RuntimeError:
         return None
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return the largest value that a scalar has under ``vmap``, outside of all transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    with untransformed():
+        return x.amax()
 
 
 def flaw(x: Tensor) -> tuple[type[Exception], str] | None:

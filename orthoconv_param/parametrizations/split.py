@@ -71,8 +71,8 @@ class SplitExponential(Registered):
         geotorch.exceptions.InManifoldError: on assignment with ``base=False``, if the map does not reach
             the coins (``"expm"``: if a determinant is -1).
 
-    Assigning ``conv.weight = W`` sets the weight to ``W`` if that is in the family, else to a kernel near
-    it, found by a deterministic descent. Assigning the present weight keeps its pairs, and moves the coins
+    Assigning ``conv.weight = W`` sets the weight to ``W`` if that is in the family (of seven taps and more
+    to about 1e-7), else to a kernel near it, found by a deterministic descent. Assigning the present weight keeps its pairs, and moves the coins
     into the base. Copy a module between walls by its ``state_dict``, not by its weight: one kernel may have
     several sets of factors, which differ at the walls, and assignment finds those whose pairs rotate by at
     most ``pi/2``.

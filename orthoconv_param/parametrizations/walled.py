@@ -54,7 +54,7 @@ class Norm(runtime.Numbered):
         self.degree = self._followed(kernel, tol)
         if self.degree is None:
             raise RuntimeError(
-                "the generator's norm is not known: call the module once outside of torch.compile and vmap"
+                "the generator's norm is not known: call the module once outside of torch.compile"
             )
         number = self.number if runtime.is_compiled_whole() and runtime.may_wait(kernel.device) else None
         return Generator(kernel, self.geometry, self.degree.level, self.degree.coefficients, coin, number)
