@@ -126,8 +126,8 @@ def retrofit(
     Cost: `recurrent_blocks`, if asked for; one call of the model; and for each split kernel a descent to
     one near the weight, a quarter of a second for 64 channels and 3x3 taps. A split model trains as fast as
     the plain one, but for its edges between walls: 1.1 to 1.5 times the time, with 5x5 taps or 16
-    channels on 16x16 images up to 2.1 times. Until annealing ends the pretrained blocks are stored. After it a split 3x3
-    kernel stores 0.72 times as many numbers as the plain one.
+    channels on 16x16 images up to 2.1 times. Until annealing ends the pretrained blocks are stored. After
+    it a split 3x3 kernel stores 0.72 times as many numbers as the plain one.
 
     Example:
         >>> import torch

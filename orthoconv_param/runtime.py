@@ -120,7 +120,7 @@ def is_batched(x: Tensor) -> bool:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Return True if a tensor is several ones, over which ``vmap`` maps. (Compilers do not tell.)"""
+    """Return True if a tensor is several ones, over which ``vmap`` maps; compilers do not tell."""
     functorch = torch._C._functorch
     while not is_compiling() and functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):

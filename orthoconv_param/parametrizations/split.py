@@ -72,10 +72,10 @@ class SplitExponential(Registered):
             the coins (``"expm"``: if a determinant is -1).
 
     Assigning ``conv.weight = W`` sets the weight to ``W`` if that is in the family (of seven taps and more
-    to about 1e-7), else to a kernel near it, found by a deterministic descent. Assigning the present weight keeps its pairs, and moves the coins
-    into the base. Copy a module between walls by its ``state_dict``, not by its weight: one kernel may have
-    several sets of factors, which differ at the walls, and assignment finds those whose pairs rotate by at
-    most ``pi/2``.
+    to about 1e-7), else to a kernel near it, found by a deterministic descent. Assigning the present weight
+    keeps its pairs, and moves the coins into the base. Copy a module between walls by its ``state_dict``,
+    not by its weight: one kernel may have several sets of factors, which differ at the walls, and
+    assignment finds those whose pairs rotate by at most ``pi/2``.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
