@@ -276,9 +276,11 @@ def read(x: Tensor) -> float | None:
 
 def largest(x: Tensor) -> Tensor:
     """Return the largest value that a scalar has under ``vmap``, outside of all transforms."""
-    functorch = torch._C._functorch
+    functorch, given = torch._C._functorch, x
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
+    if x is given:
+        return x
     with untransformed():
         return x.amax()
 
