@@ -139,7 +139,8 @@ class Mending:
             X = torch.stack([X.narrow(4, t, length) for t in range(strip.taps)], 5)
             X = X.unflatten(2, (self.sets, -1))[:, None, :, :, :, :, None]
             V = torch.bmm(M.flatten(0, 1), _side_by_side(X, _COLUMNS))
-            V = _apart(V, (X.shape[0], 1, len(x), self.sets, -1, X.shape[5], 1, length, 1), _ROWS)
+            channels, width = V.shape[1] // X.shape[5], X.shape[5]
+            V = _apart(V, (X.shape[0], 1, len(x), self.sets, channels, width, 1, length, 1), _ROWS)
             V = V.flatten(3, 4).select(7, 0).squeeze(5).squeeze(1)
             y = self.given.plus(y, _put_in(V, strip, y.shape))
         return y

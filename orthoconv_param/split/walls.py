@@ -15,7 +15,6 @@ since the zero-padded convolution takes ``B`` at the first pixel from outside. A
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +96,6 @@ def _sizes(h: int) -> list[tuple[int, int]]:
     return [(1, 2 * h + 1), (h, h), (h, h)]
 
 
-@cache
 def _moves(h: int) -> list[_Move]:
     """Return how a pair after ``h`` others moves blocks; ``E`` of the last wall ends at its pixel."""
     moves = [
