@@ -124,7 +124,7 @@ def orthogonal(
     parameter's shape changes.
 
     With the exponential and ``"any"``, the kernel's size follows the generator's norm, and between walls
-    the number of terms does; under ``vmap`` over generators, that of the largest. In compiled code the
+    the number of terms does. Under ``vmap`` over generators, and in compiled code, the
     kernel's size does not (the number of terms does on a CPU). So during training call the module outside
     of it every 20 steps, say. Otherwise the defect grows, between walls exponentially with the norm.
 

@@ -119,16 +119,6 @@ def is_batched(x: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
-def is_mapped(x: Tensor) -> bool:
-    """Return True if a tensor is several ones, over which ``vmap`` maps; compilers do not tell."""
-    functorch = torch._C._functorch
-    while not is_compiling() and functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False
-
-
 def is_plain(x: Tensor) -> bool:
     """Return True where nobody asks for derivatives, and no map is made over a batch."""
     return not (torch.is_grad_enabled() or is_transformed() or is_batched(x))

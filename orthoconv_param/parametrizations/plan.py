@@ -96,7 +96,7 @@ class Family:
             return g.lattice(self.domain or g.taps)
         if degree is None:
             raise RuntimeError(
-                "the kernel's size is not known yet: call the module once outside of torch.compile"
+                "the kernel's size is not known yet: call the module once outside of torch.compile and vmap"
             )
         return Lattice.of_degree(degree.value, self.reach, g.stride, g.groups, g.is_complex)
 
@@ -164,10 +164,7 @@ def make_plan(
         norm = norm_of(geometry, kernel, reader)
     if family.is_compact:
         norm, degree = follow(family.degree, degree, norm, kernel)
-        several = runtime.is_mapped(kernel)  # generators: what is measured on one may not hold for another
-        if several and degree is not None and degree.is_measured:
-            degree = degree.unmeasured()
-        waits = measures and runtime.may_wait(kernel.device) and not several
+        waits = measures and runtime.may_wait(kernel.device)
         if waits and degree is not None and norm is not None and not degree.is_measured:
             degree = family.measured(degree, kernel, norm)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
@@ -206,16 +203,13 @@ def smaller_torus(family: Family, norm: float | None) -> Lattice | None:
 
 
 def norm_of(geometry: Geometry, kernel: Tensor, reader: Reader) -> float | None:
-    """Return a bound on the norm of a generator's skew part at all frequencies, if it can be read.
-
-    Under ``vmap`` it is one for all members.
-    """
+    """Return a bound on the norm of a generator's skew part at all frequencies, if it can be read."""
     if not runtime.may_read(kernel):
         return None
     points, factor = sampling(geometry.placement.reach(geometry.taps, geometry.stride))
     with torch.no_grad():
         spectrum = geometry.lattice(points).resolution(points).spectrum(kernel.detach(), geometry.placement)
-        return reader(runtime.largest(norm_bound_of_frame(spectrum).amax() * factor))
+        return reader(norm_bound_of_frame(spectrum).amax() * factor)
 
 
 def follow(
@@ -223,7 +217,7 @@ def follow(
 ) -> tuple[float | None, Degree | None]:
     """Return the norm, if it is known, and the degree that it needs.
 
-    Under `torch.compile` and graph capture a value cannot be read: the degree stays.
+    Under `torch.compile`, `vmap` and graph capture a value may not be readable: the degree stays.
 
     Args:
         needed: the degree that a norm needs.

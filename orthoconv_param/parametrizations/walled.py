@@ -74,7 +74,10 @@ class Norm(runtime.Numbered):
         def needed(norm: float) -> Degree:
             return Degree.of_series(self.triv, tol, norm)
 
-        return follow(needed, self.degree, norm_of(self.geometry, kernel, self.reader), kernel)[1]
+        def read(norm: Tensor) -> float | None:  # under vmap that of all members
+            return self.reader(runtime.largest(norm))
+
+        return follow(needed, self.degree, norm_of(self.geometry, kernel, read), kernel)[1]
 
 
 class WalledGenerator(Registered):
