@@ -258,9 +258,7 @@ def _views(x: Tensor, strip: Strip, sets: int) -> list[Tensor]:
     channels //= sets
     middle, strides = (batch, sets, channels), (n, channels * c, c)
     if not strip.axes:
-        return [
-            x.as_strided((2, 2, *middle, v, u, 1), ((H - v) * h, (W - u) * w, *strides, h, w, w)),
-        ]
+        return [x.as_strided((2, 2, *middle, v, u, 1), ((H - v) * h, (W - u) * w, *strides, h, w, w))]
     found = []
     if 2 in strip.axes:
         found.append(x.as_strided((2, 1, *middle, v, 1, W), ((H - v) * h, w, *strides, h, w, w)))
