@@ -27,6 +27,7 @@ frames of a long video. Choose settings with ``--validate``, which tests on othe
 
 import time
 from collections.abc import Mapping
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -37,12 +38,11 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from colours import colour_of
-from convlstm import GATES, MEMORY, ConvLSTM, Variant, cost_of_a_step, train
+from convlstm import MEMORY, ConvLSTM, Variant, cost_of_a_step, train
 from experiment import digits, mean_and_deviation, parse, parser, positive, run, save, spread, table
 from torch import Tensor
 
-from orthoconv_param import report
-from orthoconv_param.functional import gate_blocks
+from orthoconv_param import generators, report
 
 SETS = {"training": slice(0, 1200), "validation": slice(1200, 1500), "test": slice(1500, 1797)}
 LONGER = 5  # times as many predicted frames as in training
@@ -186,12 +186,9 @@ def measured(settings: Settings, model: ConvLSTM, data: MovingDigits) -> dict[st
     noise = NOISE * torch.randn(short.shape, generator=torch.Generator().manual_seed(0))
     endless = settings.videos(settings.on, 99, context + ROLLOUT).batch(8)
     states = model.states(endless, context)
-    seen = model.states(data.batch(256), context)
+    seen = model.states(data.batch(64), context)
     drawn, last = torch.stack([model.draw(h) for h, _ in states[-100:]], 1), endless[:, -100:]
     moves = [x.diff(dim=1).abs().mean() for x in (drawn.sigmoid(), last)]
-    blocks = {"gates": gate_blocks(settings.hidden, gates=GATES, inputs=1)}
-    rows = report(model, data.example(), blocks=blocks).rows
-    made = [r for r in rows if r.parametrized == "yes"] or [r for r in rows if "[" in r.name]
     return {
         "short": cross_entropy(model(short, context), short, context).item(),
         "long": cross_entropy(model(long, context), long, context).item(),
@@ -200,8 +197,15 @@ def measured(settings: Settings, model: ConvLSTM, data: MovingDigits) -> dict[st
         "norm in training": largest_memory(seen),
         "norm later": largest_memory(states[data.frames :]),
         "motion": (moves[0] / moves[1]).item(),
-        "defect": max(r.defect for r in made),
+        "defect": defect(model, settings.canvas),
     }
+
+
+def defect(model: ConvLSTM, side: int) -> float:
+    """Return the largest defect of a network's blocks, or of its memory's path; nan if none is orthogonal."""
+    parts = [m for m in (model.gates, model.move) if [*generators(m)]]
+    rows = [r for m in parts for r in report(m, torch.zeros(1, m.in_channels, side, side)).rows]
+    return max((r.defect for r in rows if r.parametrized == "yes"), default=nan)
 
 
 def largest_memory(states: list[tuple[Tensor, Tensor]]) -> float:
@@ -236,7 +240,8 @@ def tables(rows: list[dict[str, Any]], costs: Mapping[str, float], settings: Set
                 usual = losses_of(rows, _before(variant), start, "seconds", column)
                 ratio, _ = mean_and_deviation([a / b for a, b in zip(ours, usual, strict=True)])
                 cell.append(f"{spread(ours, 4)} ({ratio:.2f})")
-            cell.append(f"{max(losses_of(rows, name, start, budget, 'defect')):.0e}")
+            worst = max(losses_of(rows, name, start, budget, "defect"))
+            cell.append("-" if isnan(worst) else f"{worst:.0e}")
             cells.append(cell)
         header = ["network", "steps", "cost", f"{predicted} frames", f"{LONGER * predicted} frames"]
         header += [f"{predicted} frames, noise", "defect"]
@@ -332,8 +337,8 @@ def main() -> None:
         options.add_argument(name, type=positive if name != "--context" and isinstance(default, int)
                              else type(default), default=default, help=text)  # fmt: skip
 
-    add("--steps", 300, "training steps of the original from scratch")
-    add("--finetune", 90, "fine-tuning steps of the trained original")
+    add("--steps", 120, "training steps of the original from scratch")
+    add("--finetune", 36, "fine-tuning steps of the trained original")
     add("--lr", 3e-2, "highest learning rate from scratch")
     add("--finetune-lr", 1e-2, "highest learning rate of fine-tuning")
     add("--annealed", 0.3, "share of fine-tuning in which blocks become orthogonal")

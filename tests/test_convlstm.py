@@ -3,6 +3,7 @@
 import copy
 import csv
 import itertools
+import math
 import sys
 
 import convlstm
@@ -178,10 +179,17 @@ def test_what_is_measured():
     model = Variant("all").made(HIDDEN, data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moving_digits, "ROLLOUT", 120)
-        seen = copy.deepcopy(data).batch(256)  # of those that it is trained on
+        seen = copy.deepcopy(data).batch(64)  # of those that it is trained on
         row = moving_digits.measured(settings, model, data)
         plain = moving_digits.measured(settings, ConvLSTM(HIDDEN), data)
-    assert row["defect"] < 1e-5 < 1e-2 < plain["defect"]
+        moving = Variant(memory="diagonal").made(HIDDEN, data)
+        with torch.no_grad():
+            moving.move.parametrizations.weight.original += 0.1
+        apart = moving_digits.measured(settings, moving, data)["defect"]
+    dense_defects = [defect(operator(Block(model, gate), (11, 11))) for gate in range(4)]
+    assert row["defect"] == pytest.approx(max(dense_defects), abs=2e-6)
+    assert apart < 1e-5
+    assert math.isnan(plain["defect"])  # nothing in it is to be orthogonal
     with torch.no_grad():
         video = settings.videos("validation", 99).batch(128)
         predicted = model(video, 3).sigmoid()[:, 2:]
