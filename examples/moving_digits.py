@@ -202,8 +202,8 @@ def measured(settings: Settings, model: ConvLSTM, data: MovingDigits) -> dict[st
 
 
 def defect(model: ConvLSTM, side: int) -> float:
-    """Return the largest defect of a network's blocks, or of its memory's path; nan if none is orthogonal."""
-    parts = [m for m in (model.gates, model.move) if [*generators(m)]]
+    """Return the largest defect of the blocks, or of the memory's path; nan if none is made orthogonal."""
+    parts: list[Any] = [m for m in (model.gates, model.move) if [*generators(m)]]
     rows = [r for m in parts for r in report(m, torch.zeros(1, m.in_channels, side, side)).rows]
     return max((r.defect for r in rows if r.parametrized == "yes"), default=nan)
 
