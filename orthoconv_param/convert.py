@@ -124,10 +124,9 @@ def orthogonal(
     parameter's shape changes.
 
     With the exponential and ``"any"``, the kernel's size follows the generator's norm, and between walls
-    the number of terms does. Under ``vmap`` over generators, and in compiled code, the kernel's size does
-    not (the number of terms does: of compiled code on a CPU only). So during training call the module
-    outside of these every 20 steps, say. Otherwise the defect grows, between walls exponentially with the
-    norm.
+    the number of terms does; under ``vmap`` over generators, the largest norm. In compiled code the
+    kernel's size does not (the number of terms does on a CPU). So during training call the module outside
+    of it every 20 steps, say. Otherwise the defect grows, between walls exponentially with the norm.
 
     Cost: the parametrization's. With ``"exponential"`` also, for each image of ``N`` points, the Fourier
     transforms of its channels and ``2 N`` real multiplications per pair of channels. If that is cheaper,

@@ -11,7 +11,7 @@ from oracles import dense, operator, random
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from orthoconv_param import ConvExponential, orthogonal, singular_values
+from orthoconv_param import ConvExponential, orthogonal, orthogonality_defect, singular_values
 from orthoconv_param.parametrizations import plan
 from orthoconv_param.parametrizations.degree import Degree, smallest_degree
 from orthoconv_param.parametrizations.truncation import is_affordable, outermost, shortest
@@ -37,6 +37,19 @@ def norm_of(kernel):
     axes = [*range(2, kernel.ndim)]
     adjoint = kernel.flip(axes).transpose(0, 1).conj()
     return singular_values((kernel - adjoint) / 2, (24,) * len(axes)).max()
+
+
+def test_under_vmap_what_was_measured_on_one_kernel_cuts_no_other():
+    tol = 1e-3
+    generators = [generator_of(kind, 8, 1, torch.float64) for kind in KINDS]
+    parametrization = ConvExponential("any", tol=tol)
+    short = parametrization(generators[0])
+    kernels = torch.func.vmap(parametrization)(torch.stack(generators))
+    assert kernels.shape[-1] == 2 * smallest_degree("expm", 1.0, tol, (1,)) + 1 > short.shape[-1]
+    for kernel in kernels:
+        assert orthogonality_defect(kernel, (97,)) < tol
+    assert orthogonality_defect(parametrization(generators[0]), (97,)) < tol
+    assert parametrization(generators[0]).shape == short.shape  # it is measured anew
 
 
 def made(kernel, tol=None, **options):

@@ -86,10 +86,10 @@ class ConvExponential(Registered):
     generator of that norm. On the CPU, where values can be read without waiting, the smallest ``K`` that
     keeps ``tol`` for the present generator is then measured (not in three dimensions if it is large). ``K``
     is found anew on assignment, when the norm leaves its range (a factor of 1.4), and when the outermost
-    taps grow so large that ``tol`` may be exceeded. A checkpoint holds the result. In compiled code and
-    under ``vmap``, ``K`` is that of the last ordinary call, and what was measured then may not hold for
-    other generators, even of the same norm. (Compiled code on a CPU warns when it may not.) On other
-    devices ``K`` follows from the norm alone.
+    taps grow so large that ``tol`` may be exceeded. A checkpoint holds the result. In compiled code ``K``
+    is that of the last ordinary call, and what was measured then may not hold for other generators, even
+    of the same norm. (On a CPU it warns when it may not.) Under ``vmap`` over generators ``K`` follows from
+    the largest norm, and on other devices from the norm, alone.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).

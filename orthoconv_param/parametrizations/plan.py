@@ -157,16 +157,21 @@ def make_plan(
         measures: whether a degree that follows from the norm is measured on the kernel.
     """
     geometry = family.geometry
-    norm = None
-    if family.is_compact or (
-        family.triv == "expm" and family.domain is not None and runtime.may_wait(kernel.device)
-    ):
-        norm = norm_of(geometry, kernel, reader)
+    norm, many = None, False
     if family.is_compact:
+        norm = norm_of(geometry, kernel, reader)
+        if norm is None and runtime.may_read(kernel) and runtime.is_batched(kernel):
+            # under vmap all kernels have as many taps as the one of the largest norm
+            norm = norm_of(geometry, kernel, lambda of_each: reader(runtime.largest(of_each)))
+            many = norm is not None
         norm, degree = follow(family.degree, degree, norm, kernel)
         waits = measures and runtime.may_wait(kernel.device)
-        if waits and degree is not None and norm is not None and not degree.is_measured:
+        if degree is not None and many:  # what is measured on one of them need not hold for the others
+            degree = degree.unmeasured()
+        elif waits and degree is not None and norm is not None and not degree.is_measured:
             degree = family.measured(degree, kernel, norm)
+    elif family.triv == "expm" and family.domain is not None and runtime.may_wait(kernel.device):
+        norm = norm_of(geometry, kernel, reader)
     lattice, placement, truncated = family.lattice(degree), geometry.placement, family.is_compact
     # dilation permutes the phases of a stride, which makes another generator
     permuted = max(dilation, default=1) > 1 and max(geometry.stride) > 1
