@@ -29,6 +29,7 @@ from .torus.lattice import Lattice, Placement
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+@runtime.out_of_inference_mode
 def orthogonal(
     module: _Module,
     name: str = "weight",
@@ -437,6 +438,11 @@ def check_module(module: Any, name: str) -> None:
         raise ValueError(f'name should be "weight", with which the module convolves. Found {name!r}')
     if nn.parameter.is_lazy(module.weight):
         raise ValueError("module should know its size: call it once before. Found a lazy module")
+    if module.weight.is_inference():
+        raise ValueError(
+            "module should be made outside of torch.inference_mode, in which nothing can be trained. Found "
+            "a weight made inside"
+        )
 
 
 def _way_out(module: Any) -> str:

@@ -17,6 +17,7 @@ from . import keeping, lifecycle, runtime
 from .operators.evaluate import convolve
 from .operators.operator import Action, Operator
 from .operators.weight import Parametrized
+from .optimizers import Reshaped, note
 
 
 def install(
@@ -34,6 +35,7 @@ def install(
         A function that makes the module what it was again.
     """
     base, parameters = type(module), dict(runtime.parameters_of(module))
+    description = repr(module).partition("\n")[0]
     value, gradient = module.weight.detach().clone(), module.weight.grad
     before = {name: vars(module)[name] for name in attributes}
 
@@ -57,6 +59,9 @@ def install(
     if action is not None:
         module.installed = lifecycle.Installed(action, parametrization)
     module.__class__ = own_class(base, action is not None)
+    weight = parameters["weight"]
+    if weight is not None and weight.shape != value.shape:  # the same parameter, and a split generator now
+        note(Reshaped(description, weight, value.shape))
     return undo
 
 
@@ -130,7 +135,29 @@ def own_class(base: Any, evaluated: bool) -> Any:
     Own.__name__ = Own.__qualname__ = f"Parametrized{base.__name__}"
     if evaluated:
         _let_evaluate(Own, base)
+    elif hasattr(base, "_conv_forward"):
+        _let_refuse(Own, base)
     return Own
+
+
+def _let_refuse(cls: Any, base: Any) -> None:
+    """Let torch's convolution refuse in words the images that its circular padding cannot continue."""
+
+    def _conv_forward(self: Any, input: Tensor, *args: Any) -> Any:
+        if self.padding_mode == "circular":
+            sides = self._reversed_padding_repeated_twice
+            for n, *around in zip(
+                input.shape[-(len(sides) // 2) :], sides[-2::-2], sides[::-2], strict=True
+            ):
+                if max(around) > n:
+                    raise ValueError(
+                        "images should be at least as large as the padding, since torch's circular "
+                        'padding wraps only once: use boundary="walls", or method="exponential", which '
+                        f"accept every size. Found images of {tuple(input.shape)}, padded by {max(around)}"
+                    )
+        return base._conv_forward(self, input, *args)
+
+    cls._conv_forward = _conv_forward
 
 
 def _let_evaluate(cls: Any, base: Any) -> None:

@@ -22,6 +22,7 @@ from .ways import Way
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+@runtime.out_of_inference_mode
 def retrofit(
     model: _Model,
     example_inputs: Any,

@@ -179,6 +179,19 @@ def in_full_precision(method: _Method) -> _Method:
     return cast("_Method", kept)
 
 
+def out_of_inference_mode(function: _Method) -> _Method:
+    """Decorate a function that makes parameters: those of inference mode could not be trained."""
+
+    @wraps(function)
+    def outside(*arguments: Any, **options: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*arguments, **options)
+        with torch.inference_mode(False):
+            return function(*arguments, **options)
+
+    return cast("_Method", outside)
+
+
 def is_autocast(device_type: str) -> bool:
     """Return True within `torch.autocast` for a device."""
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)

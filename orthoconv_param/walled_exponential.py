@@ -14,6 +14,7 @@ from .operators.operator import Action
 from .parametrizations import signature
 from .parametrizations.annealed import Interpolating
 from .parametrizations.partition import Partition
+from .parametrizations.registered import is_sharper
 from .parametrizations.walled import Norm, WalledGenerator, projected
 from .torus.geometry import added, convolve, convolve_as_torch, convolve_transposed, folded, sized, wrapped
 from .walled import Guarded
@@ -330,6 +331,8 @@ class WalledExponential(Guarded):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.coin is not None and is_sharper(self.coin, state_dict.get(prefix + "coin")):
+            self.coin.copy_(projected(self.coin, self.weight.is_complex()))
         follow(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WalledExponential":
@@ -341,8 +344,7 @@ class WalledExponential(Guarded):
         if before is not None and self.coin is not None:  # never below single precision, nor complex
             dtype = torch.promote_types(self.weight.dtype.to_real(), torch.float32)
             coin = before.to(self.weight.device, dtype)
-            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps and not coin.is_meta
-            self.coin = projected(coin, self.weight.is_complex()) if rises else coin
+            self.coin = projected(coin, self.weight.is_complex()) if is_sharper(coin, before) else coin
         self.norm.reader.restart(wait=False)
         follow(self)
         return self

@@ -1637,3 +1637,88 @@ def test_a_type_checker_knows_the_names(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode != 0) == bool(errors), done.stdout
         assert errors in done.stdout
+
+
+WAYS = {
+    "split": {"method": "split"},
+    "split, walls": {"method": "split", "boundary": "walls"},
+    "split, cayley": {"method": "split", "triv": "cayley"},
+    "exponential": {},
+    "exponential, base, walls": {"boundary": "walls", "base": True},
+    "exponential on a domain": {"domain": 6},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["convolution", "blocks", "annealed", "removed", "complex"])
+def test_a_checkpoint_of_less_precision_gives_matrices_that_are_orthogonal_in_that_of_the_module(kind, way):
+    x = torch.randn(1, 4, 6, 6)
+
+    def made(dtype):
+        torch.manual_seed(0)
+        if kind in ("blocks", "annealed"):
+            model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).to(dtype)
+            options = {key: value for key, value in WAYS[way].items() if key in ("method", "boundary")}
+            blocks = {"0": [(slice(0, 4), slice(0, 4)), (slice(4, 8), slice(0, 4))]}
+            options = {"method": "exponential", "boundary": "circular"} | options
+            return retrofit(model, x.to(dtype), blocks=blocks, anneal=kind == "annealed", **options)
+        dtype = dtype.to_complex() if kind == "complex" else dtype
+        module = nn.Sequential(orthogonal(nn.Conv2d(4, 4, 3, padding=1, dtype=dtype), **WAYS[way]))
+        if kind == "removed":
+            parametrize.remove_parametrizations(module[0], "weight")
+        return module
+
+    single, double = made(torch.float32), made(torch.float64)
+    if kind == "annealed":
+        set_orthogonality(single, 1)
+    if kind == "removed" and not hasattr(single[0], "coin"):
+        return  # its weight is the kernel, of the precision that it has
+    double.load_state_dict(single.state_dict())
+    dtype = torch.complex128 if kind == "complex" else torch.float64
+    M = torch.stack([double(e.view(1, 4, 6, 6)).flatten() for e in torch.eye(144, dtype=dtype)], 1)
+    M = M - double(torch.zeros(1, 4, 6, 6, dtype=dtype)).flatten()[:, None]
+    for block in M.detach().split(144):
+        assert (torch.linalg.svdvals(block) - 1).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("taps", "dilation"), [(5, 1), (3, 3)])
+def test_images_that_circular_padding_cannot_continue_are_refused_in_words(dims, taps, dilation):
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    side = dilation * (taps // 2)
+    module = orthogonal(make(2, 2, taps, padding=side, dilation=dilation), method="split")
+    for batch in ((), (2,)):
+        x = torch.randn(*batch, 2, side - 1, *(side,) * (dims - 1))
+        with pytest.raises(ValueError, match=r'at least as large as the padding.*boundary="walls"'):
+            module(x)
+        assert module(torch.randn(*batch, 2, *(side,) * dims)).isfinite().all()
+    with pytest.raises(ValueError, match="at least as large as the padding"):
+        orthogonality_defect(module, side - 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_made_or_assigned_in_inference_mode_can_be_trained(way):
+    plain, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(1, 4, 6, 6)
+    with torch.inference_mode():
+        module = orthogonal(plain, **WAYS[way])
+        module(x)
+        module.weight = torch.randn(4, 4, 3, 3)
+        module.load_state_dict(nn.Conv2d(4, 4, 3, padding=1).state_dict())
+    module(x).square().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert orthogonality_defect(module, 6) < 1e-5
+    with torch.inference_mode():
+        inside = nn.Conv2d(4, 4, 3, padding=1)
+        with pytest.raises(ValueError, match=r"made outside of torch\.inference_mode"):
+            orthogonal(inside, **WAYS[way])
+        assert type(inside) is nn.Conv2d
+        with pytest.raises(ValueError, match=r"made outside of torch\.inference_mode"):
+            retrofit(nn.Sequential(inside), x)
+
+
+def test_retrofit_in_inference_mode_can_be_trained():
+    model, video = ConvLSTM("zeros"), torch.randn(1, 3, 2, 8, 8)
+    with torch.inference_mode():
+        retrofit(model, video, blocks="recurrent")
+    model(video).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -641,7 +641,33 @@ def test_an_optimizer_from_before_that_does_not_know_the_blocks_raises():
     optimizer.step()
     assert all((v != before[k]).any() for k, v in model.named_parameters())
     del optimizer
-    assert all(r.weight() is None for r in optimizers._replaced)
+    replaced = [change for change in optimizers._changed if isinstance(change, optimizers.Replaced)]
+    assert all(change.weight() is None for change in replaced)
+
+
+@pytest.mark.parametrize("way", ["orthogonal", "retrofit"])
+def test_an_optimizer_from_before_that_keeps_averages_of_another_shape_raises(way):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    x = torch.randn(1, 4, 6, 6)
+    old, fresh = (torch.optim.Adam(model.parameters()) for _ in range(2))
+    model(x).square().sum().backward()
+    old.step()
+    old.zero_grad()
+    if way == "orthogonal":
+        orthogonal(model[0], method="split")
+    else:
+        orthoconv_param.retrofit(model, x)
+    model(x).square().sum().backward()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"another shape to the weight of .*Conv2d\(4, 4.*Make a new one"
+    ):
+        old.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    fresh.step()  # which keeps nothing yet
+    assert all((v != before[k]).any() for k, v in model.named_parameters())
+    weight = model[0].parametrizations.weight.original
+    assert all(change.weight() is not weight for change in optimizers._changed)
 
 
 # What it is called with

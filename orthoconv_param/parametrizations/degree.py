@@ -62,9 +62,9 @@ class Degree:
         value = smallest_degree(triv, level, tol, reach)
         if value is None:
             raise ValueError(
-                "the generator's norm should be smaller, as a smaller learning rate keeps it, or domain be "
-                f"a size: with triv={name(triv)!r} no kernel of a degree up to {LARGEST_DEGREE - 1} "
-                f"reaches tol={tol:.1e}. Found norm {norm:.3g}"
+                "the generator's norm should be smaller (scale down the weight that it starts as, or take "
+                f"a smaller learning rate), or domain be a size: with triv={name(triv)!r} no kernel of a "
+                f"degree up to {LARGEST_DEGREE - 1} reaches tol={tol:.1e}. Found norm {norm:.3g}"
             )
         return cls(level, value, series(triv, level, tol / 5) or (), tol, value)
 
@@ -79,7 +79,8 @@ class Degree:
         coefficients = series(triv, level, tol)
         if coefficients is None:
             raise ValueError(
-                "the generator's norm should be smaller, as a smaller learning rate keeps it: with "
+                "the generator's norm should be smaller (scale down the weight that it starts as, or take "
+                'a smaller learning rate), or method be "split": with '
                 f"triv={name(triv)!r} it needs more than {LARGEST_NUMBER_OF_TERMS} terms, each a "
                 f"convolution, to tol={tol:.1e}. Found norm {norm:.3g}"
             )

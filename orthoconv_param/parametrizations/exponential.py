@@ -488,13 +488,14 @@ class ConvExponential(Registered):
         if self.domain == "any":
             per_axis("stride", self.stride, len(size) - 2)
             note = (
-                ': with domain="any" it is a generator, not the compact kernel, and there is no base for '
-                "`update_base` to move"
+                ': with domain="any" it is a generator, not the compact kernel. The present generator is '
+                "module.parametrizations.weight.original; there is no base for `update_base` to move"
             )
             if self._issued.is_seen_in(W):  # sizes alone do not tell, as of a single tap
                 raise ValueError(
-                    'with domain="any" the weight should be assigned a generator. Found the compact kernel '
-                    "that was read from it: there is no base for `update_base` to move"
+                    'with domain="any" the weight should be assigned a generator: the present one is '
+                    "module.parametrizations.weight.original. Found the compact kernel that was read from "
+                    "it: there is no base for `update_base` to move"
                 )
         else:
             allowed.add((*size[:2], *lattice.domain))

@@ -25,6 +25,13 @@ def made_otherwise(found: str) -> str:
     )
 
 
+def is_sharper(x: Tensor, source: Any) -> bool:
+    """Return True if a tensor is more precise than that from which it was made, and may be projected."""
+    if not isinstance(source, Tensor) or not source.is_floating_point() or x.is_meta:
+        return False
+    return torch.finfo(x.dtype).eps < torch.finfo(source.dtype).eps
+
+
 class Registered(nn.Module, ABC):
     """A parametrization with the size, dtype and device of the weight on which it is registered.
 
@@ -131,7 +138,7 @@ class Registered(nn.Module, ABC):
         return (
             f"the checkpoint should not be of a convolution that is still being annealed. Found {found}: "
             "save it after set_orthogonality(model, 1, final=True), or load it into a model that was "
-            "retrofitted in the same way"
+            "retrofitted in the same way, with the same blocks"
         )
 
     def get_extra_state(self) -> Tensor:
@@ -155,6 +162,10 @@ class Registered(nn.Module, ABC):
         key = prefix + runtime.EXTRA_STATE
         if key in missing_keys:  # older checkpoints do not have it
             missing_keys.remove(key)
+        for name in self._unitary:
+            buffer = self._buffers[name]
+            if buffer is not None and is_sharper(buffer, state_dict.get(prefix + name)):
+                buffer.copy_(self._projected(buffer))
         self._loaded_or_moved(moved=False)
 
     # Moves to another dtype or device
@@ -169,8 +180,7 @@ class Registered(nn.Module, ABC):
             dtype = torch.promote_types(after.dtype.to_real(), torch.float32)
             if after.dtype != dtype:  # never below float32, nor complex
                 after = self._buffers[name] = before.to(after.device, dtype)
-            rises = torch.finfo(dtype).eps < torch.finfo(before.dtype).eps
-            if rises and name in self._unitary and not after.is_meta:
+            if name in self._unitary and is_sharper(after, before):
                 self._buffers[name] = self._projected(after)
         self._loaded_or_moved(moved=True)
         return self

@@ -225,6 +225,7 @@ class SplitExponential(Registered):
             self._reference = W.new_empty(0)
         return generator
 
+    @runtime.out_of_inference_mode
     @torch.no_grad()
     @runtime.in_full_precision
     def preimage(self, W: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

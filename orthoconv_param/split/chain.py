@@ -98,7 +98,7 @@ class Chain:
         """
         if self.steps and self.channels == 1:
             fewer = tuple(s + 1 for s in self.stride)
-            patches = f" (or at most {fewer} taps, for patches alone)" if self.is_strided else ""
+            patches = f", or a kernel of at most {fewer} taps" if self.is_strided else ""
             raise ValueError(
                 "a split kernel should have at least two channels in each group: with one it is only a "
                 f'shift. Use method="exponential"{patches}. Found a weight of size {geometry.size} with '
