@@ -656,7 +656,7 @@ def test_an_optimizer_from_before_that_keeps_averages_of_another_shape_raises(wa
     if way == "orthogonal":
         orthogonal(model[0], method="split")
     else:
-        orthoconv_param.retrofit(model, x)
+        orthoconv_param.retrofit(model, x, anneal=False)
     model(x).square().sum().backward()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(
