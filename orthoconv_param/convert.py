@@ -122,7 +122,8 @@ def orthogonal(
     class, into whose weight nothing may be folded. From a split kernel it has the parameters ``weight`` and
     ``edges``; from the exponential, the generator as ``weight``, and stays orthogonal whatever that
     becomes. After removal, and after ``orthogonal(..., method="split")``, make a new optimizer: the
-    parameter's shape changes.
+    parameter's shape changes. (``leave_parametrized=False`` leaves the generator itself in the place of the
+    weight, where it means nothing.)
 
     With the exponential and ``"any"``, the kernel's size follows the generator's norm, and between walls
     the number of terms does; under ``vmap`` over generators, the largest norm. In compiled code the
