@@ -144,7 +144,7 @@ def _let_refuse(cls: Any, base: Any) -> None:
     """Let torch's convolution refuse in words the images that its circular padding cannot continue."""
 
     def _conv_forward(self: Any, input: Tensor, *args: Any) -> Any:
-        if self.padding_mode == "circular":
+        if self.padding_mode == "circular" and not runtime.is_jit_traced():
             sides = self._reversed_padding_repeated_twice
             for n, *around in zip(
                 input.shape[-(len(sides) // 2) :], sides[-2::-2], sides[::-2], strict=True
