@@ -157,6 +157,7 @@ def _let_refuse(cls: Any, base: Any) -> None:
                     )
         return base._conv_forward(self, input, *args)
 
+    _conv_forward.computes = base._conv_forward  # type: ignore[attr-defined]
     cls._conv_forward = _conv_forward
 
 

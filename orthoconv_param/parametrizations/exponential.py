@@ -88,8 +88,9 @@ class ConvExponential(Registered):
     is found anew on assignment, when the norm leaves its range (a factor of 1.4), and when the outermost
     taps grow so large that ``tol`` may be exceeded. A checkpoint holds the result. In compiled code ``K``
     is that of the last ordinary call, and what was measured then may not hold for other generators, even
-    of the same norm. (On a CPU it warns when it may not.) Under ``vmap`` over generators ``K`` follows from
-    the largest norm, and on other devices from the norm, alone.
+    of the same norm. (On a CPU it warns when it may not.) Under ``vmap`` over generators ``K`` is that of
+    the last ordinary call, or larger if one of them needs it. On other devices ``K`` follows from the norm
+    alone.
 
     Half precision is computed in single precision and rounded, which leaves a defect of about 3e-4
     (float16) and 2e-3 (bfloat16).
@@ -283,7 +284,8 @@ class ConvExponential(Registered):
         if self.domain != "any" or compact is None or compact.edge is None or not runtime.may_read(W):
             return False
         family = self._family()
-        edge = self._edge_reader(outermost(W, family.geometry.groups, family.reach, family.geometry.stride))
+        edges = outermost(W, family.geometry.groups, family.reach, family.geometry.stride)
+        edge = self._edge_reader(runtime.largest(edges))
         if edge is None or edge <= compact.edge:
             return False
         self.compact = replace(compact, edge=1.2 * edge) if accepted else compact.unmeasured()

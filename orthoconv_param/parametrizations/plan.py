@@ -157,18 +157,17 @@ def make_plan(
         measures: whether a degree that follows from the norm is measured on the kernel.
     """
     geometry = family.geometry
-    norm, many = None, False
+    norm = None
     if family.is_compact:
-        norm = norm_of(geometry, kernel, reader)
+        norm, suffices = norm_of(geometry, kernel, reader), False
         if norm is None and runtime.may_read(kernel) and runtime.is_batched(kernel):
-            # under vmap all kernels have as many taps as the one of the largest norm
-            norm = norm_of(geometry, kernel, lambda of_each: reader(runtime.largest(of_each)))
-            many = norm is not None
-        norm, degree = follow(family.degree, degree, norm, kernel)
+            # under vmap all kernels have as many taps: more, if the one of the largest norm needs them
+            norm, measures = norm_of(geometry, kernel, lambda each: reader(runtime.largest(each))), False
+            suffices = degree is not None and norm is not None and norm <= degree.level
+        if not suffices:
+            norm, degree = follow(family.degree, degree, norm, kernel)
         waits = measures and runtime.may_wait(kernel.device)
-        if degree is not None and many:  # what is measured on one of them need not hold for the others
-            degree = degree.unmeasured()
-        elif waits and degree is not None and norm is not None and not degree.is_measured:
+        if waits and degree is not None and norm is not None and not degree.is_measured:
             degree = family.measured(degree, kernel, norm)
     elif family.triv == "expm" and family.domain is not None and runtime.may_wait(kernel.device):
         norm = norm_of(geometry, kernel, reader)
