@@ -195,8 +195,8 @@ class SplitExponential(Registered):
     def right_inverse(self, W: Tensor, check_in_manifold: bool = False) -> Tensor:
         """Return the generator whose kernel is ``W``, or one near it.
 
-        With a base, the base takes the coins, and the generator is zero. Without, it holds the coins'
-        logarithms.
+        The generator holds the pairs. With a base, that takes the coins, and theirs are zero. Without, the
+        generator holds their logarithms too.
 
         Args:
             W: ``(out, in/groups, *taps)``.
