@@ -146,6 +146,7 @@ SOME = [  # kernel, geometry, domain
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("where", ["any", "given", "walls"])
 @pytest.mark.parametrize(
     ("kernel", "geometry", "domain"),
@@ -211,7 +212,7 @@ def whole_grid():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(0, 40, 3))  # a third of it: all would take half an hour
+@pytest.mark.parametrize("part", range(0, 40, 6))  # a sixth of it: all would take half an hour
 def test_the_grid(part):
     made = refused = 0
     for number, case in enumerate(itertools.islice(whole_grid(), part, None, 40)):
@@ -603,6 +604,7 @@ REMOVALS = [  # kernel, geometry, boundary, where, size, whether torch has it
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kernel", "geometry", "boundary", "where", "size", "plain"), REMOVALS)
 @pytest.mark.parametrize("used", [False, True])
 def test_removal_leaves_a_module_that_computes_the_same(
@@ -920,6 +922,7 @@ SMALLER = [  # kernel, options of the convolution, domain, norm
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("boundary", ["circular", "zeros"])
 @pytest.mark.parametrize(("kernel", "options", "domain", "norm"), SMALLER)
 def test_the_exponential_of_a_given_domain_on_a_smaller_torus(
@@ -961,6 +964,7 @@ def test_the_exponential_of_a_given_domain_on_a_smaller_torus(
     assert (compiled - conv.weight).abs().max() < 1e-5
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize(
     "options",

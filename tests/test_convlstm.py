@@ -60,6 +60,7 @@ class Block(nn.Module):
         return (self.gates(x) - self.gates(torch.zeros_like(x))).chunk(4, 1)[self.gate]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["fresh", "trained"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_to_be_orthogonal_is_so_after_training(name, checkpoint):

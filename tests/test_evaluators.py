@@ -404,6 +404,7 @@ every_way = pytest.mark.parametrize(
 # The contract
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @every_way
 def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geometry):
@@ -413,6 +414,7 @@ def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geome
             close(pushed(subject.by(evaluator), subject, domain), exact(subject, domain))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @every_operator
 def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(boundary, kind, geometry):
@@ -509,6 +511,7 @@ def of_everything(subject):
     return f, [X.detach().clone().requires_grad_() for X in parameters.values()]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("geometry", TINY)
 @pytest.mark.parametrize(
     ("evaluator", "boundary", "kind"),
@@ -531,6 +534,7 @@ def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometr
     assert gradgradcheck(f, (x, *parameters), fast_mode=True, check_fwd_over_rev=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("geometry", SOME)
 @every_way
 def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boundary, kind, geometry):
@@ -557,6 +561,7 @@ def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boun
     close(found, expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @every_operator
 def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
@@ -582,6 +587,7 @@ def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
 # Images
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("geometry", SOME)
 @every_way
 def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geometry):
@@ -602,6 +608,7 @@ def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geo
         close(evaluator.apply(state, parallel), y)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("geometry", [*SOME, "3d"])
 @every_way
 def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geometry, monkeypatch):
@@ -624,6 +631,7 @@ def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geomet
         assert z.is_contiguous(memory_format=last) or operator_of(module) is None  # torch's own class
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("geometry", ["1d, even", "2d", "2d, transposed, strided, groups"])
 @every_way
@@ -655,6 +663,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("t", [0.4, 1])
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(

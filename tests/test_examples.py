@@ -135,6 +135,7 @@ def made_of(cell, groups):
     return Recurrent(CELLS[cell](groups, 3 * groups, groups=groups), read)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_population_is_its_members_side_by_side(cell):
     make = partial(made_of, cell)
@@ -402,6 +403,7 @@ def test_rows_between_walls_are_not_periodic():
             assert defect(operator(network.cell.recurrence, (5,))) < 1e-5
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("operator", leak.OPERATORS)
 def test_zeros_lose_a_state_and_walls_do_not(operator):
     left = leak.norms(operator, seed=0)
@@ -433,6 +435,7 @@ SMALLEST = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "script",
     [

@@ -38,6 +38,7 @@ def schedule(request, monkeypatch):
         monkeypatch.setattr(runtime, "may_wait", lambda device: False)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 33])
@@ -63,6 +64,7 @@ def test_the_polynomial_is_the_exponential_on_its_interval(dtype):
     assert np.abs(values - np.exp(1j * x)).max() < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("norm", [0.0, 1e-12, 0.1, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("n", [2, 5])
@@ -89,6 +91,7 @@ SMALL = [random(2, n, n, dtype=dtype) for n in (1, 2) for dtype in (torch.float6
 LATER = [pytest.param(A, marks=pytest.mark.slow) for A in (REAL[1], COMPLEX[0], *COMPLEX[2:], *SMALL[:2])]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("A", [REAL[0], *REAL[2:], *COMPLEX[1:2], *SMALL[2:], *LATER])
 def test_derivatives_of_first_and_second_order(A):
@@ -300,6 +303,7 @@ def test_a_bad_matrix_spoils_no_other(bad):
     assert gradient[1:].isfinite().all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("size", [(5, 1), pytest.param((6, 2), marks=pytest.mark.slow), (2, 4)])
 def test_narrow_frames_are_columns_of_the_exponential(size, dtype, monkeypatch):
@@ -338,6 +342,7 @@ def doubled(function, *arguments, **options):
 BATCHES = [(), (1,), (3,), (2, 1), (1, 1, 1)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch", BATCHES)

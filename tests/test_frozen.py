@@ -77,6 +77,7 @@ def free_parameters(model):
     return [p for name, p in model.named_parameters() if "parametrizations" in name]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @every_kind
 def test_outputs_are_those_outside_of_the_block(kind, mode):
@@ -149,6 +150,7 @@ def through_numpy(model):
         p.detach().numpy()[:] += away_from(p).numpy()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "change", [optimizer_step, in_place, through_data, by_new_data, loading, through_numpy]
 )
@@ -267,6 +269,7 @@ def test_another_thread_trains_as_outside():
     assert not keeping._frozen_anywhere
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 @every_kind
 def test_what_is_checkpointed_has_the_gradients_of_outside(kind, reentrant):

@@ -158,6 +158,7 @@ def test_an_ensemble_of_generators(kind):
             close(one[i], other)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("boundary", ["circular", "walls"])
 @pytest.mark.parametrize("kind", ["1d", "2d", "transposed"])
@@ -468,6 +469,7 @@ def removed(request):
     return model.eval(), x, y
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch 2.7's
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants then, as it says
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?`:FutureWarning")

@@ -123,6 +123,7 @@ def test_geodesics_have_constant_speed_and_logmap_inverts_them(size, stride, gro
     close(manifold.dist(x, y, keepdim=True).flatten()[0], manifold.dist(x, y))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("stride", "groups", "size"), [(1, 1, (3, 3, 3, 4)), (1, 2, (4, 2, 5)), (2, 1, (8, 4, 6))]
@@ -183,6 +184,7 @@ def test_a_thousand_steps_in_single_precision_stay_on_it(optimizer, name):
     assert defect(operator(manifold, value.double())) < 1e-5
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.complex64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("size", "stride"),
@@ -327,6 +329,7 @@ def loop(method, *batches):
     return torch.stack(results).unflatten(0, (2, 3))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "stride", "groups"), CASES)
 def test_a_batch_is_treated_kernel_by_kernel(size, stride, groups, dtype):
@@ -500,6 +503,7 @@ def test_a_step_back_undoes_a_step(size, stride, groups, name, dtype):
         assert error > 1e-4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RETRACTIONS)
 @pytest.mark.parametrize(("size", "stride", "groups"), CASES)

@@ -155,7 +155,7 @@ def test_all_measures_are_of_the_modules_own_operator(case):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=400, deadline=None)
+@hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(cases())
 def test_all_measures_are_of_the_modules_own_operator_exhaustively(case):
     with torch.no_grad(), parametrize.cached():
@@ -172,10 +172,7 @@ LARGE = {
 
 @pytest.mark.parametrize(
     ("kind", "seed"),
-    [
-        pytest.param("zeros", 0, marks=pytest.mark.slow),
-        *(pytest.param(kind, seed, marks=pytest.mark.slow) for kind in LARGE for seed in (1, 2, 3)),
-    ],
+    [pytest.param(kind, seed, marks=pytest.mark.slow) for kind in LARGE for seed in (1, 2)],
 )
 def test_estimates_of_large_operators_are_near(kind, seed):
     torch.manual_seed(seed)

@@ -138,6 +138,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "triv",
     [
@@ -176,6 +177,7 @@ def test_any_convolution_by_the_plain_torch_call(name, dtype, triv):
         assert defect(matrix) < tolerance
 
 
+@pytest.mark.sampled(3)
 @geometries
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_derivatives(size, domain, stride, groups, dtype):
@@ -188,6 +190,7 @@ def test_derivatives(size, domain, stride, groups, dtype):
         assert gradgradcheck(parametrization, X, fast_mode=True, check_fwd_over_rev=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("triv", ["expm", "cayley"])
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
 def test_derivatives_of_a_small_case_entry_by_entry(triv, dtype):
@@ -227,6 +230,7 @@ def test_assigning_reads_back_what_is_orthogonal_and_projects_the_rest(size, dom
         close(got, U @ Vh, atol=tolerance * (S[0] / S[-1]).item(), rtol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @geometries
 def test_update_base_keeps_the_weight(size, domain, stride, groups, dtype):
@@ -338,7 +342,7 @@ def test_compact_kernel_is_orthogonal_at_every_size_and_stays_so(channels, taps,
 
 @pytest.mark.slow
 @SINGLE_OR_DOUBLE
-@pytest.mark.parametrize("norm", [0.1, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("norm", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("axes", [1, 2])
 @pytest.mark.parametrize("taps", [3, 5, 7])
 @pytest.mark.parametrize("channels", [1, 16])
@@ -359,6 +363,7 @@ def test_compact_kernel_is_the_exponential_of_this_generator(taps, dtype, tolera
     close(dense(holder.weight.detach(), (17, 17)).double(), exact, atol=tolerance, rtol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("size", "stride", "groups"),
     [
@@ -620,6 +625,7 @@ def test_stacked_on_another_parametrization(domain):
     assert generators(holder) == [holder.parametrizations.weight.original]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("domain", [None, 5, "any"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_compile_and_transforms(domain, dtype):
@@ -951,6 +957,7 @@ def test_torus_samples_have_the_angles_that_were_drawn(dtype):
     assert uniform.square().mean().item() == pytest.approx(np.pi**2 / 3, abs=0.3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_uniform_samples_have_the_spacings_of_the_circular_ensembles(dtype):
     """Of 2x2 Haar unitary matrices the angle between the eigenvalues has density ``(1 - cos) / 2 pi``."""

@@ -204,6 +204,7 @@ def polar(M):
 # From the free parameters to the kernel
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "dtype", by_default([torch.bfloat16, torch.float64, torch.complex64], [*DTYPES, *HALF])
 )
@@ -252,6 +253,7 @@ def test_autocast_does_not_reach_it(kind, dtype):
 # From a kernel to the free parameters
 
 
+@pytest.mark.sampled(2)
 @double_by_default
 @every_geometry
 @every_kind
@@ -294,6 +296,7 @@ def test_what_is_assigned_is_read_back_if_it_is_one_and_projected_if_not(kind, g
             assert pairs.permute(0, 2, 1, 3)[free].abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.sampled(2)
 @every_geometry
 @every_kind
 def test_a_preimage_is_what_assigning_sets_and_changes_nothing(kind, geometry):
@@ -345,6 +348,7 @@ def test_updating_the_base_keeps_the_weight(kind, geometry, dtype):
 # geotorch's verbs
 
 
+@pytest.mark.sampled(2)
 @double_by_default
 @every_geometry
 @every_kind
@@ -376,6 +380,7 @@ def test_samples_are_in_the_manifold_and_other_kernels_are_not(kind, geometry, d
 # Being a module
 
 
+@pytest.mark.sampled(2)
 @every_dtype
 @every_geometry
 @every_kind
@@ -409,6 +414,7 @@ def test_a_checkpoint_of_another_kind_or_domain_is_refused(kind):
         fresh.holder.load_state_dict(state)
 
 
+@pytest.mark.sampled(3)
 @every_geometry
 @every_kind
 def test_copies_are_of_their_own(kind, geometry):
@@ -425,6 +431,7 @@ def test_copies_are_of_their_own(kind, geometry):
         assert torch.equal(other.weight, weight)
 
 
+@pytest.mark.sampled(2)
 @every_geometry
 @every_kind
 @pytest.mark.parametrize(
@@ -463,6 +470,7 @@ def test_float_half_and_double_are_verbs_of_the_module_too():
             it.check(max(TOLERANCE[dtype], 1e-5) if it.t < 1 else TOLERANCE[dtype])
 
 
+@pytest.mark.sampled(2)
 @every_geometry
 @every_kind
 @pytest.mark.parametrize("dtype", by_default([torch.float32], [torch.float32, torch.complex128]))

@@ -313,6 +313,7 @@ def test_one_line_makes_the_blocks_orthogonal_where_images_end(name, way):
     close(run(model, example), after)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["split", "exponential"])
 @pytest.mark.parametrize("name", ["stacked [x, h]", "GRU, separable"])
 def test_in_double_precision(name, method):
@@ -691,6 +692,7 @@ def test_calls_within_calls_and_two_models_at_once(monkeypatch):
     assert len(calls) == 5  # each model, since the block lasts longer
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_that_are_computed_again_for_the_backward_pass(way, reentrant):
@@ -740,7 +742,8 @@ def test_compiled_whole(way):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("raises", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("raises", [False, True])
 def test_compiled_in_parts_nothing_is_kept(raises):
     class Broken(ConvLSTM):
         def forward(self, video):
@@ -813,6 +816,7 @@ print(losses + [step(), step()])
     close(first, second)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("way", "t"), [slow_if(t != 0.5 and w != "split", w, t) for w in WAYS for t in (0, 0.5, 1)]
 )
@@ -910,6 +914,7 @@ def test_norms_are_replaced_by_the_value_that_they_give(norm):
     close(run(model, example), before, rtol=0, atol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_checkpoints_of_normed_models_load(norm):
     torch.manual_seed(0)
@@ -980,6 +985,7 @@ def test_weights_that_are_read_outside_keep_their_shape(boundary):
         close(model.gates.weight.square().sum(), model.gates.weight.norm() ** 2)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["split", "exponential"])
 @pytest.mark.parametrize("t", [0.4, 1, None])
 def test_what_removal_leaves_computes_the_same(method, t):
@@ -997,6 +1003,7 @@ def test_what_removal_leaves_computes_the_same(method, t):
     close(torch.jit.script(model.gates)(torch.ones(1, 6, 4, 3)), model.gates(torch.ones(1, 6, 4, 3)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("t", [0, 0.5, 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_updating_the_base_changes_nothing(way, t):

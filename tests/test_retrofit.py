@@ -92,6 +92,7 @@ def operators(model):
             yield module, M[pixels].double()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ WAYS = {
 SIZES = {1: [(16,), (2,)], 2: [(6, 4), (2, 8), (2, 2)], 3: [(3, 4, 5), (1, 1, 2)]}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["residual", "separable", "1d", "3d", "reached twice", "transposed"])

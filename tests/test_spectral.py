@@ -54,6 +54,7 @@ def test_it_is_the_convolution_and_the_transpose_is_its(geometry, dtype):
 SOME = [pytest.param(g, marks=pytest.mark.slow) if g in GEOMETRIES[2:] else g for g in GEOMETRIES]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @BOTH
 @pytest.mark.parametrize("geometry", SOME)
@@ -99,6 +100,7 @@ def test_vmap_over_images_spectra_and_both(geometry, dtype, transposed):
         close(torch.func.hessian(of_images)(x), torch.autograd.functional.hessian(of_images, x))
 
 
+@pytest.mark.sampled(4)
 @BOTH
 @EACH
 def test_compiled_without_a_graph_break_it_is_the_same(geometry, dtype):
@@ -285,6 +287,7 @@ def grads(y, *inputs):
     return tuple(x.grad for x in inputs)
 
 
+@pytest.mark.sampled(2)
 @TRANSPOSED
 @BOTH
 @pytest.mark.parametrize("size", [(3,), pytest.param((2, 3), marks=pytest.mark.slow)])

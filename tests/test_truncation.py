@@ -72,16 +72,17 @@ def exactly(kernel, domain):
     return torch.linalg.matrix_exp((A - A.mT) / 2)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", [n if n == 1 else pytest.param(n, marks=pytest.mark.slow) for n in NORMS])
 def test_the_default_keeps_1000_linear_steps_to_a_thousandth(norm, kind):
     torch.manual_seed(0)
-    module = made(norm * generator_of(kind, 8))
+    module = made(norm * generator_of(kind, 4))
     for domain in ((5, 4), (16, 9)):
         matrix = operator(module, domain).double()
         assert (torch.linalg.svdvals(matrix) - 1).abs().max() < 1e-5
-        close(matrix, exactly(norm * generator_of(kind, 8), domain), atol=1e-5, rtol=0)
-    state = torch.randn(1, 8, 32, 32)
+        close(matrix, exactly(norm * generator_of(kind, 4), domain), atol=1e-5, rtol=0)
+    state = torch.randn(1, 4, 32, 32)
     before = state.norm()
     with torch.no_grad():
         for _ in range(1000):
@@ -131,6 +132,7 @@ def test_the_slowest_kernel_to_truncate_gets_more_taps_than_others_of_its_norm()
     assert degrees["shift"] > degrees["random"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("size", "options"),
     [
@@ -224,6 +226,7 @@ def test_a_kernel_whose_shape_changes_at_the_same_norm_is_measured_anew():
     assert degrees[-1] > degrees[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("triv", ["expm", "cayley"])
 @pytest.mark.parametrize(("channels", "groups"), [(4, 1), pytest.param(8, 8, marks=pytest.mark.slow)])
 def test_training_stays_within_the_tolerance(triv, channels, groups):
@@ -345,6 +348,7 @@ def test_degrees_have_a_range():
     assert smallest.covers(0.25)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support", "ignore:`torch.jit")
 @pytest.mark.parametrize("copied", [False, True])
 def test_compiled_code_warns_of_a_kernel_that_its_generator_has_outgrown(copied):

@@ -10,7 +10,7 @@ A map ``R`` with ``R(0) = I`` and ``R'(0) = id`` is a retraction of the unitary 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, pi
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,17 @@ def _eye_like(A: Tensor) -> Tensor:
 # Trivializations
 
 
-_BY_NAME: dict[str, tuple[Trivialization, Trivialization]] = {
-    "expm": (expm_skew, log_unitary),
-    "cayley": (cayley, _inverse_cayley),
+class _Named(NamedTuple):
+    """A map, its inverse, and the ``k`` for which the map of ``[[0, -k], [k, 0]]`` rotates by an angle."""
+
+    apply: Trivialization
+    inverse: Trivialization
+    of_angle: Trivialization
+
+
+_BY_NAME = {
+    "expm": _Named(expm_skew, log_unitary, torch.clone),
+    "cayley": _Named(cayley, _inverse_cayley, lambda angle: 2 * torch.tan(angle / 2)),
 }
 
 
@@ -60,7 +68,7 @@ def trivialization(triv: str | Trivialization) -> Trivialization:
     if isinstance(triv, str):
         if triv not in _BY_NAME:
             raise ValueError(f"triv should be one of {sorted(_BY_NAME)} or callable. Found {triv!r}")
-        return _BY_NAME[triv][0]
+        return _BY_NAME[triv].apply
     if not callable(triv):
         raise TypeError(f"triv should be one of {sorted(_BY_NAME)} or callable. Found {triv!r}")
     return triv
@@ -68,7 +76,7 @@ def trivialization(triv: str | Trivialization) -> Trivialization:
 
 def inverse(triv: str | Trivialization) -> Trivialization | None:
     """Return the inverse of a map that is given by name, from unitary to skew matrices; else None."""
-    return _BY_NAME[triv][1] if isinstance(triv, str) else None
+    return _BY_NAME[triv].inverse if isinstance(triv, str) else None
 
 
 def name(triv: str | Trivialization) -> str:
@@ -136,11 +144,13 @@ def _flaw(Q: Any, A: Tensor) -> str | None:
 def generators_of_angles(triv: str | Trivialization, angles: Tensor) -> Tensor:
     """Return ``k`` such that ``triv([[0, -k], [k, 0]])`` rotates by given angles, in ``[0, pi/2]``.
 
-    Found by bisection, since a map that is given as a callable has no inverse.
+    Of a map that is given as a callable, which has no inverse, they are found by bisection.
 
     Raises:
         ValueError: if the map reaches no rotation by ``pi/2``.
     """
+    if isinstance(triv, str):
+        return _BY_NAME[triv].of_angle(angles)
     apply = trivialization(triv)
 
     def rotates(k: Tensor) -> Tensor:

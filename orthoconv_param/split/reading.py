@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..matrices import maps
+from . import fast
 from .chain import Chain
 from .compose import kernel
 from .generators import factors, folded, identities, join_bases
@@ -88,7 +89,7 @@ def _descended(chain: Chain, X: Tensor, base: Tensor, W: Tensor, triv: str | map
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        error = kernel(chain, factors(chain, X, base, triv)) - W
+        error = fast.weight(chain, X, base, triv) - W
         squares = torch.view_as_real(error) if error.is_complex() else error
         value = squares.square().sum()
         value.backward()
