@@ -433,10 +433,15 @@ def test_a_cached_loop_makes_the_skew_kernel_once(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # torch's own, of complex numbers, and of what it imports
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stride", "removed", "transposed"),
-    [(2, False, True), (1, True, True)],
+    ("stride", "removed", "transposed", "backend"),
+    [
+        (1, True, True, "inductor"),
+        (1, False, False, "aot_eager"),
+        (2, False, True, "aot_eager"),
+        (2, True, False, "aot_eager"),
+    ],
 )
-def test_compiled_whole(stride, removed, transposed):
+def test_compiled_whole(stride, removed, transposed, backend):
     torch.compiler.reset()
     module = orthogonal(
         make((3, 3), 4, 6, stride=stride, groups=2, transposed=transposed, dtype=torch.float32),
@@ -444,7 +449,7 @@ def test_compiled_whole(stride, removed, transposed):
     )
     if removed:
         parametrize.remove_parametrizations(module, "weight")
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     for size in ((4, 6), (8, 6), (10, 12)):
         x = random(2, module.in_channels, *size, dtype=torch.float32).requires_grad_()
         values = [x, *module.parameters()]

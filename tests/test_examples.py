@@ -500,22 +500,13 @@ def test_rates_are_chosen_by_what_is_seen_in_training(dtype):
 def test_experiments_run_in_their_quick_setting(name, tmp_path):
     output, columns = OUTPUTS[name]
     script = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--workers", "1"]
-    script += ["--steps", "10", "2"] if name == "row_digits" else []
+    script += {"row_digits": ["--steps", "10", "2"], "long_memory": ["--delays", "20"]}.get(name, [])
     shown = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
     assert f"python examples/{name}.py --out DIR" in shown
     assert "--seeds" in shown
     if name == "long_memory":  # the other kind of frames
-        noisy = [
-            *script,
-            "--noise",
-            "0.1",
-            "--delays",
-            "5",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "noisy"),
-        ]
+        few = ["--delays", "5", "--steps", "2", "--seeds", "0", "--rates", "0.01"]
+        noisy = [*script, *few, "--noise", "0.1", "--out", str(tmp_path / "noisy")]
         subprocess.run(noisy, capture_output=True, text=True, check=True)
         assert ",0.1," in (tmp_path / "noisy" / "recall.csv").read_text()
     done = subprocess.run(

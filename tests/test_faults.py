@@ -510,7 +510,7 @@ def test_symbolic_traces_compute_the_same_and_are_copied_and_saved(geometry, cal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("geometry", [*GEOMETRIES][::2], indirect=True)
+@pytest.mark.parametrize("geometry", [*GEOMETRIES][::3], indirect=True)
 def test_exported_programs_compute_the_same(geometry):
     module, x, y = removed(geometry)
     model = nn.Sequential(OrderedDict(conv=module, act=nn.Tanh()))

@@ -4,6 +4,7 @@ A new parametrization takes part by an entry in `KINDS`.
 """
 
 import copy
+import functools
 import io
 import random as numbers
 from dataclasses import dataclass
@@ -172,6 +173,11 @@ class Subject:
 
 
 def subject(kind, geometry="square", dtype=torch.float64, seed=0):
+    return copy.deepcopy(_subject(kind, geometry, dtype, seed))
+
+
+@functools.cache  # split kernels are searched for
+def _subject(kind, geometry, dtype, seed):
     make, t = KINDS[kind]
     size, stride, groups = GEOMETRIES[geometry]
     single = torch.promote_types(dtype, torch.float32)

@@ -1038,7 +1038,7 @@ def test_gate_blocks_takes_numbers_of_channels(bad):
 
 
 @pytest.mark.slow
-def test_memory_of_twenty_layers():
+def test_memory_of_several_layers():
     """Of the process, at its peak: below three times the layers' spectra."""
     program = """
 import torch
@@ -1049,7 +1049,7 @@ retrofit = partial(retrofit, method='exponential', boundary='zeros')
 def peak():  # of this process: what `resource` tells begins with its parent's
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(20)))
+model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(8)))
 x = torch.randn(1, 64, 32, 32)
 retrofit(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), x[:, :4])
 with torch.no_grad():
@@ -1059,7 +1059,7 @@ retrofit(model, x)
 print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    spectra = 20 * (36 * 19) * 64 * 64 * 8
+    spectra = 8 * (36 * 19) * 64 * 64 * 8
     assert spectra < int(run.stdout) < 3 * spectra
 
 
