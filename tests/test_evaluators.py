@@ -391,22 +391,32 @@ def skip_unless_able(evaluator, subject, domain):
 
 
 OFTEN = ("any", "given", "split")
-every_operator = pytest.mark.parametrize(
-    ("boundary", "kind"), [slow_if(k not in OFTEN, b, k) for b, k in ways(*KINDS)]
-)
-every_way = pytest.mark.parametrize(
-    ("evaluator", "boundary", "kind"),
-    [slow_if(k not in OFTEN, e, b, k) for b, k in ways(*KINDS) for e in able(b, k)],
-    ids=lambda value: getattr(value, "name", value),
-)
+OPERATORS = [*ways(*KINDS)]
+EVALUATIONS = [(e, b, k) for b, k in OPERATORS for e in able(b, k)]
+
+
+def every(names, cases, geometries=None):
+    """Each case; with geometries, those of the kinds that are not run often with every third, in turn."""
+    marked = []
+    for i, case in enumerate(cases):
+        often = case[-1] in OFTEN
+        for geometry in (
+            [None] if geometries is None else geometries if often else [*geometries][i % 3 :: 3]
+        ):
+            marked.append(slow_if(not often, *case, *([] if geometry is None else [geometry])))
+    names = (*names, *([] if geometries is None else ["geometry"]))
+    return pytest.mark.parametrize(names, marked, ids=lambda value: getattr(value, "name", value))
+
+
+every_operator = partial(every, ("boundary", "kind"), OPERATORS)
+every_way = partial(every, ("evaluator", "boundary", "kind"), EVALUATIONS)
 
 
 # The contract
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@every_way
+@every_way(GEOMETRIES)
 def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
     for domain in domains:
@@ -415,8 +425,7 @@ def test_it_computes_what_the_dense_matrix_says(evaluator, boundary, kind, geome
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@every_operator
+@every_operator(GEOMETRIES)
 def test_the_module_computes_it_too_and_the_one_that_costs_least_is_chosen(boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
     module, acting = subject.module, subject.operator
@@ -535,8 +544,7 @@ def test_derivatives_of_both_orders_and_modes(evaluator, boundary, kind, geometr
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("geometry", SOME)
-@every_way
+@every_way(SOME)
 def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boundary, kind, geometry):
     subject, (domain, *_) = fixture(kind, boundary, geometry)
     skip_unless_able(evaluator, subject, domain)
@@ -562,8 +570,7 @@ def test_prepared_once_and_used_often_its_gradients_are_the_same(evaluator, boun
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@every_operator
+@every_operator(GEOMETRIES)
 def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
     """In single precision, in which decisions are others."""
     if geometry in TINY:
@@ -588,8 +595,7 @@ def test_evaluators_agree_and_so_do_their_gradients(boundary, kind, geometry):
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("geometry", SOME)
-@every_way
+@every_way(SOME)
 def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geometry):
     subject, domains = fixture(kind, boundary, geometry)
     skip_unless_able(evaluator, subject, domains[0])
@@ -609,8 +615,7 @@ def test_images_in_batches_of_any_size_and_mapped(evaluator, boundary, kind, geo
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("geometry", [*SOME, "3d"])
-@every_way
+@every_way([*SOME, "3d"])
 def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geometry, monkeypatch):
     """Batches, single images, none at all; in the memory format that they had, and the weight's dtype."""
     evaluated(monkeypatch, evaluator.name)
@@ -634,7 +639,7 @@ def test_the_modules_images_are_those_of_torch(evaluator, boundary, kind, geomet
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("geometry", ["1d, even", "2d", "2d, transposed, strided, groups"])
-@every_way
+@every_way()
 def test_half_precision_is_as_exact_as_its_rounding(evaluator, boundary, kind, geometry, dtype):
     subject, domains = fixture(kind, boundary, geometry, torch.float32)
     skip_unless_able(evaluator, subject, domains[0])

@@ -197,8 +197,16 @@ def by_default(chosen, among):
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_geometry = pytest.mark.parametrize("geometry", by_default(["tall", "groups", "stride"], GEOMETRIES))
-double_by_default = pytest.mark.parametrize("dtype", by_default([torch.float64], DTYPES))
 every_dtype = pytest.mark.parametrize("dtype", by_default([torch.float64, torch.complex64], DTYPES))
+
+
+def geometries_and(dtypes, *often):
+    """Every geometry in double precision, and three of them in every one; by default, three in some."""
+    some = ("tall", "groups", "stride")
+    chosen = [(g, d) for g in GEOMETRIES for d in dtypes if g in some or d == torch.float64]
+    default = [(g, d) for g, d in chosen if g in some and d in often]
+    pairs = [pair if pair in default else pytest.param(*pair, marks=pytest.mark.slow) for pair in chosen]
+    return pytest.mark.parametrize(("geometry", "dtype"), pairs)
 
 
 def polar(M):
@@ -211,10 +219,7 @@ def polar(M):
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize(
-    "dtype", by_default([torch.bfloat16, torch.float64, torch.complex64], [*DTYPES, *HALF])
-)
-@every_geometry
+@geometries_and([*DTYPES, *HALF], torch.bfloat16, torch.float64, torch.complex64)
 @every_kind
 def test_forward(kind, geometry, dtype):
     it = subject(kind, geometry, dtype)
@@ -260,8 +265,7 @@ def test_autocast_does_not_reach_it(kind, dtype):
 
 
 @pytest.mark.sampled(2)
-@double_by_default
-@every_geometry
+@geometries_and(DTYPES, torch.float64)
 @every_kind
 def test_what_is_assigned_is_read_back_if_it_is_one_and_projected_if_not(kind, geometry, dtype):
     it = subject(kind, geometry, dtype)
@@ -325,8 +329,7 @@ def test_a_preimage_is_what_assigning_sets_and_changes_nothing(kind, geometry):
     assert all(torch.equal(value, state[name]) for name, value in buffers.items())
 
 
-@double_by_default
-@every_geometry
+@geometries_and(DTYPES, torch.float64)
 @every_kind
 def test_updating_the_base_keeps_the_weight(kind, geometry, dtype):
     it = subject(kind, geometry, dtype)
@@ -355,8 +358,7 @@ def test_updating_the_base_keeps_the_weight(kind, geometry, dtype):
 
 
 @pytest.mark.sampled(2)
-@double_by_default
-@every_geometry
+@geometries_and(DTYPES, torch.float64)
 @every_kind
 def test_samples_are_in_the_manifold_and_other_kernels_are_not(kind, geometry, dtype):
     it = subject(kind, geometry, dtype)
@@ -387,8 +389,7 @@ def test_samples_are_in_the_manifold_and_other_kernels_are_not(kind, geometry, d
 
 
 @pytest.mark.sampled(2)
-@every_dtype
-@every_geometry
+@geometries_and(DTYPES, torch.float64, torch.complex64)
 @every_kind
 def test_saved_and_loaded_into_a_fresh_one(kind, geometry, dtype):
     it, fresh = subject(kind, geometry, dtype), subject(kind, geometry, dtype, seed=7)
