@@ -475,6 +475,12 @@ OUTPUTS = {
     "gradient_flow": ("gradient_flow", {"network", "trained", "seed", "step", "norm"}),
     "critical_response": ("critical_response", {"law", "seed", "x", "y", "predicted"}),
 }
+FEWER = {  # than the quick settings
+    "long_memory": ["--delays", "20"],
+    "row_digits": ["--steps", "10", "2"],
+    "gradient_flow": ["--delay", "20"],
+    "critical_response": ["--points", "4"],
+}
 
 
 @REAL_AND_COMPLEX
@@ -500,7 +506,7 @@ def test_rates_are_chosen_by_what_is_seen_in_training(dtype):
 def test_experiments_run_in_their_quick_setting(name, tmp_path):
     output, columns = OUTPUTS[name]
     script = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--workers", "1"]
-    script += {"row_digits": ["--steps", "10", "2"], "long_memory": ["--delays", "20"]}.get(name, [])
+    script += FEWER.get(name, [])
     assert f"python examples/{name}.py --out DIR" in (EXAMPLES / f"{name}.py").read_text()
     if name == "long_memory":  # the other kind of frames
         few = ["--delays", "5", "--steps", "2", "--seeds", "0", "--rates", "0.01"]
