@@ -397,14 +397,14 @@ EVALUATIONS = [(e, b, k) for b, k in OPERATORS for e in able(b, k)]
 
 def every(names, cases, geometries=None):
     """Each case; with geometries, those of the kinds that are not run often with every third, in turn."""
-    marked = []
-    for i, case in enumerate(cases):
-        often = case[-1] in OFTEN
-        for geometry in (
-            [None] if geometries is None else geometries if often else [*geometries][i % 3 :: 3]
-        ):
-            marked.append(slow_if(not often, *case, *([] if geometry is None else [geometry])))
-    names = (*names, *([] if geometries is None else ["geometry"]))
+    if geometries is not None:
+        names = (*names, "geometry")
+        cases = [
+            (*case, geometry)
+            for i, case in enumerate(cases)
+            for geometry in (geometries if case[-1] in OFTEN else [*geometries][i % 3 :: 3])
+        ]
+    marked = [slow_if(case[names.index("kind")] not in OFTEN, *case) for case in cases]
     return pytest.mark.parametrize(names, marked, ids=lambda value: getattr(value, "name", value))
 
 
