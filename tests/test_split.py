@@ -315,6 +315,18 @@ def test_large_images_are_computed_as_small_ones_are(name, keeps, monkeypatch):
     close(found, expected)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_large_generators_of_long_kernels_have_the_gradient_of_small_ones(keeps, monkeypatch):
+    """Whether what the exponentials are made of is kept for the gradient, or computed again."""
+    module = trained(made("5x5", "walls"), 2)
+    x = random(1, module.in_channels, 9, 8)
+    monkeypatch.setattr("orthoconv_param.split.fast._KEPT_BYTES", 2**25 if keeps else 0)
+    found = torch.autograd.grad(module(x).sin().sum(), [*module.parameters()])
+    monkeypatch.setattr("orthoconv_param.runtime.is_transformed", lambda: True)  # the plain form
+    expected = torch.autograd.grad(module(x).sin().sum(), [*module.parameters()])
+    close(found, expected)
+
+
 @pytest.mark.parametrize("boundary", ["circular", "walls"])
 def test_a_cached_loop_makes_the_factors_once(boundary, monkeypatch):
     module = orthogonal(make((3, 3), 4, 4), method="split", boundary=boundary)

@@ -11,10 +11,12 @@ from torch import Tensor
 from .. import runtime
 from ..matrices import by_hand, maps
 from ..matrices.products import adjoint
-from ..matrices.squaring import expm_and_keep, vjp_of_kept
+from ..matrices.squaring import expm_and_keep, expm_batch, vjp_batch, vjp_of_kept
 from . import generators
 from .chain import Chain, Factors
 from .compose import JOINED, kernel
+
+_KEPT_BYTES = 2**19  # of generators, above which those of long kernels, whose edges are large, keep no more
 
 
 def factors(chain: Chain, X: Tensor, base: Tensor | None, triv: str | maps.Trivialization) -> Factors:
@@ -59,14 +61,16 @@ class _Factored:
         return torch.cat([torch.stack(made.coins, 1), made.pairs], 1)
 
     def value(self, *inputs: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the matrices, and what the exponential keeps."""
+        """Return the matrices, and what the exponential keeps, or the generator alone, to save memory."""
         X, base = inputs
         groups, n, m, a = self._sizes()
         X = X.view(groups, -1)
         S = X.new_zeros(groups, n + self.chain.pairs, m, m)
         S[:, :n] = X[:, : n * m * m].view(groups, n, m, m)
         torch.mul(X[:, n * m * m :].view(groups, -1, m - a, a), 2, out=S[:, n:, a:, :a])
-        Q, kept = expm_and_keep(S.view(-1, m, m), None)
+        A = S.view(-1, m, m)
+        is_large = max(self.chain.taps) > 3 and S.nbytes > _KEPT_BYTES
+        Q, kept = (expm_batch(A, None), [A]) if is_large else expm_and_keep(A, None)
         Q = Q.view(S.shape)
         Q[:, :n] = torch.matmul(base.view(groups, n, m, m), Q[:, :n])
         return runtime.reshaped(Q, S.shape), kept
@@ -78,7 +82,9 @@ class _Factored:
         groups, n, m, a = self._sizes()
         base = inputs[1].view(groups, n, m, m)
         dQ = torch.cat([torch.matmul(adjoint(base), G[:, :n]), G[:, n:]], 1)
-        dS = vjp_of_kept(dQ.view(-1, m, m), kept).view(G.shape)
+        dQ = dQ.view(-1, m, m)
+        dS = vjp_of_kept(dQ, kept) if len(kept) > 1 else vjp_batch(kept[0], dQ, None)
+        dS = dS.view(G.shape)
         dK = dS[:, n:, a:, :a].reshape(groups, -1)
         return torch.cat([dS[:, :n].reshape(groups, -1), dK.mul_(2)], 1).flatten(), None
 
